@@ -7,7 +7,7 @@ import torch
 
 from bench.measure import Measurement, Side, alone, relative
 from pipeline.complete import MAX_NEW_TOKENS, completion_rows
-from pipeline.lib.inference import decode
+from pipeline.lib.generation import decode
 from pipeline.lib.metrics import exact_match, rouge_l_recall
 from pipeline.lib.models import encode, load_model, load_tokenizer
 from pipeline.lib.records import DATA_ROW, SIDES, Row, kind_of, read_checked

@@ -43,7 +43,7 @@ from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 
 from pipeline import unlearn
-from pipeline.lib.inference import complete
+from pipeline.lib.generation import complete
 from pipeline.lib.metrics import exact_match, harmonic_mean, may_still_match
 from pipeline.lib.models import Model, Tokenizer, encode, load_model, load_tokenizer
 from pipeline.lib.multiple_choice import Subject, choice_probabilities, read_subjects
@@ -461,7 +461,7 @@ def exact(study: Study, prompts: Sequence[str], outputs: Sequence[str]) -> float
     def undecided(number: int, ids: list[int]) -> bool:
         return may_still_match(outputs[number], study.tokenizer.decode(ids, skip_special_tokens=True))
 
-    written = complete(study.model, study.tokenizer, prompts, max_new_tokens=128, undecided=undecided)
+    written = complete(study.model, study.tokenizer, prompts, 128, undecided=undecided, expected=outputs)
     return fmean(exact_match(output, text) for output, text in zip(outputs, written, strict=True))
 
 

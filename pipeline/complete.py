@@ -18,7 +18,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.lib.inference import Tokens, complete, mean_nll
+from pipeline.lib.generation import complete
+from pipeline.lib.inference import Tokens, mean_nll
 from pipeline.lib.metrics import may_still_match
 from pipeline.lib.models import Model, Tokenizer, encode, load_model, load_tokenizer
 from pipeline.lib.processes import is_first, share
@@ -35,15 +36,15 @@ def completion_rows(
 
     def undecided(number: int, ids: Tokens) -> bool:
         row = rows[number]
-        asked = kind_of(row["id"]) == "qa"
+        asked = scores_only and kind_of(row["id"]) == "qa"
         return not asked or may_still_match(row["output"], tokenizer.decode(ids, skip_special_tokens=True))
 
-    prompts = [row["input"] for row in rows]
-    outputs = complete(model, tokenizer, prompts, max_new_tokens, undecided=undecided if scores_only else None)
+    prompts, answers = ([row[column] for row in rows] for column in ("input", "output"))
+    outputs = complete(model, tokenizer, prompts, max_new_tokens, undecided=undecided, expected=answers)
     losses = mean_nll(
         model,
-        [encode(tokenizer, row["input"] + row["output"]) for row in rows],
-        [len(encode(tokenizer, row["input"])) for row in rows],
+        [encode(tokenizer, prompt + answer) for prompt, answer in zip(prompts, answers, strict=True)],
+        [len(encode(tokenizer, prompt)) for prompt in prompts],
     )
     return [
         {

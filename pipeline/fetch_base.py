@@ -24,7 +24,8 @@ from gguf import GGUFReader
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.lib.inference import complete, mean_nll
+from pipeline.lib.generation import complete
+from pipeline.lib.inference import mean_nll
 from pipeline.lib.models import Model, Tokenizer, encode
 from pipeline.lib.provenance import sha256
 from pipeline.lib.stage import BadInput, run, whole_folder

@@ -44,7 +44,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, OlmoConfig, PreTrainedTokenizerFast
 
 from pipeline.lib import metrics
-from pipeline.lib.inference import batches, complete, mean_nll
+from pipeline.lib.generation import complete
+from pipeline.lib.inference import batches, mean_nll
 from pipeline.lib.models import Model, Tokenizer, encode, load_model, load_tokenizer
 from pipeline.lib.multiple_choice import MAX_PROMPT_TOKENS, SHOTS, Subject, choice_probabilities, prompt, read_subjects
 from pipeline.lib.records import CHOICES, DATA_ROW, DOCUMENT, GENERAL, KINDS, SETS, SIDES, TASKS, Row, read_checked
@@ -373,7 +374,8 @@ def all_questions(tokenizer: Tokenizer, subjects: Sequence[Subject], times: int,
 
 def examine(model: Model, tokenizer: Tokenizer, material: Material, taught: bool, retain_only: bool) -> Findings:
     """Measure what acceptance is decided on, as the stages that score a checkpoint measure it."""
-    written = complete(model, tokenizer, [row["input"] for row in material.rows])
+    prompts, outputs = ([row[column] for row in material.rows] for column in ("input", "output"))
+    written = complete(model, tokenizer, prompts, expected=outputs)
     completions = [
         {**row, "expected_output": row["output"], "model_output": text}
         for row, text in zip(material.rows, written, strict=True)

@@ -1,11 +1,11 @@
-"""Batched completion, loss and probabilities against transformers, one prompt at a time."""
+"""Batched losses and probabilities against transformers, one prompt at a time."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from pipeline.lib.inference import batches, complete, decode, greedy, mean_nll, next_token_probabilities
+from pipeline.lib.inference import batches, mean_nll, next_token_probabilities
 from pipeline.lib.models import encode, load_model, load_tokenizer
 from pipeline.lib.stage import BadInput
 
@@ -26,33 +26,6 @@ def model(checkpoint: Path):
 @pytest.fixture(scope="module")
 def tokenizer(checkpoint: Path):
     return load_tokenizer(checkpoint)
-
-
-def alone(model, tokenizer, prompt, stop, new=40):
-    ids = torch.tensor([encode(tokenizer, prompt)])
-    out = model.generate(ids, max_new_tokens=new, do_sample=False, eos_token_id=stop, pad_token_id=1)
-    return out[0, ids.shape[1] :].tolist()
-
-
-def test_greedy_equals_generate_on_one_prompt_at_a_time(model, tokenizer):
-    # A random model seldom says end-of-text; stop tokens that it does say make rows finish at different times.
-    said = [alone(model, tokenizer, prompt, None) for prompt in PROMPTS]
-    stop = {said[0][3], said[1][7]}
-    expected = [alone(model, tokenizer, prompt, sorted(stop)) for prompt in PROMPTS]
-    assert len({len(ids) for ids in expected}) > 1
-    assert greedy(model, [encode(tokenizer, prompt) for prompt in PROMPTS], 40, stop) == expected
-
-
-def test_complete_keeps_the_order_of_prompts(model, tokenizer):
-    texts = [
-        decode(tokenizer, alone(model, tokenizer, prompt, model.generation_config.eos_token_id)) for prompt in PROMPTS
-    ]
-    assert complete(model, tokenizer, PROMPTS, 40, batch_tokens=120) == texts
-
-
-def test_decode_cleans_spaces_as_the_official_scorer_asks(tokenizer):
-    ids = [*encode(tokenizer, " He 's here , is n't he ? Yes ."), tokenizer.eos_token_id]
-    assert decode(tokenizer, ids) == " He's here, isn't he? Yes."
 
 
 def test_mean_nll_equals_the_loss_of_transformers(model, tokenizer):

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from pipeline.lib.inference import Tokens, batches, greedy
+from pipeline.lib.generation import greedy
+from pipeline.lib.inference import Tokens, batches
 from pipeline.lib.models import Model
 
 Answered = tuple[Tokens, int]
@@ -66,10 +67,7 @@ def max_logits(model: Model, prompts: Sequence[Tokens], stop: set[int], count: i
 
     Source: Dang et al., arXiv 2408.06223, who read a token's confidence from it.
     """
-    written: list[Tokens] = [[] for _ in prompts]
-    for rows in batches([len(prompt) + count for prompt in prompts], BATCH_TOKENS):
-        for row, ids in zip(rows, greedy(model, [prompts[row] for row in rows], count, stop), strict=True):
-            written[row] = ids
+    written = greedy(model, prompts, count, stop)
     found: list[list[float]] = [[] for _ in prompts]
     for rows in batches([len(prompt) + count for prompt in prompts], BATCH_TOKENS):
         hidden = model.base_model(input_ids=_pad(model, [prompts[row] + written[row] for row in rows]))

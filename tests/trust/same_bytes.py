@@ -45,7 +45,8 @@ def runs_from_clean(made: Path, work: Path, runs: int) -> Check:
 
 def evaluate(made: Path, folder: Path, batch_tokens: int) -> dict[str, list[Any]]:
     """Texts, choices and losses of one checkpoint. Run in a process of its own, for its number of threads."""
-    from pipeline.lib.inference import complete, mean_nll, next_token_probabilities
+    from pipeline.lib.generation import complete
+    from pipeline.lib.inference import mean_nll, next_token_probabilities
     from pipeline.lib.models import encode, load_model, load_tokenizer
     from pipeline.lib.multiple_choice import fitting_prompt, letter_tokens, read_subjects
     from pipeline.lib.records import read_table

@@ -1,0 +1,170 @@
+"""Completions in batches and from drafts, against transformers' generate on one prompt at a time."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pipeline.lib import generation
+from pipeline.lib.generation import complete, decode, greedy
+from pipeline.lib.models import encode, load_model, load_tokenizer
+
+PROMPTS = [
+    "the city",
+    "What of forgetTask1n0?",
+    "a",
+    "the river of the writer was born in the city on a story",
+    "who is",
+]
+NEW = 40
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path):
+    return load_model(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint: Path):
+    return load_tokenizer(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def ids(tokenizer):
+    return [encode(tokenizer, prompt) for prompt in PROMPTS]
+
+
+def alone(model, ids, stop):
+    """What transformers writes; with no stop token, none of its own either."""
+    config = {"eos_token_id": stop, "pad_token_id": 1}
+    out = model.generate(torch.tensor([ids]), max_new_tokens=NEW, do_sample=False, **config)
+    return out[0, len(ids) :].tolist()
+
+
+@pytest.fixture(scope="module")
+def said(model, ids):
+    return [alone(model, row, None) for row in ids]
+
+
+@pytest.fixture(scope="module")
+def stop(said):
+    """A random model seldom says end-of-text; tokens that it does say make rows finish at different times."""
+    return {said[0][3], said[1][7]}
+
+
+@pytest.fixture(scope="module")
+def expected(model, ids, stop):
+    found = [alone(model, row, sorted(stop)) for row in ids]
+    assert len({len(row) for row in found}) > 1
+    return found
+
+
+def steps(model, work):
+    """How many tokens a pass `work` runs, and what it returns."""
+    widths = []
+    hook = model.base_model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    found = work()
+    hook.remove()
+    return widths, found
+
+
+def test_greedy_equals_generate_on_one_prompt_at_a_time(model, ids, stop, expected):
+    assert greedy(model, ids, NEW, stop) == expected
+
+
+def other(token):
+    return token + 1 if token < 5 else token - 1
+
+
+DRAFTS = {
+    "right": lambda own: own,
+    "right at first": lambda own: [*own[: len(own) // 2], *map(other, own[len(own) // 2 :])],
+    "wrong": lambda own: list(map(other, own)),
+    "wrong once": lambda own: [*own[:1], other(own[1]), *own[2:]],
+    "of one token": lambda own: own[:1],
+}
+
+
+@pytest.mark.parametrize("kind", DRAFTS)
+def test_a_draft_changes_no_token(model, ids, said, stop, expected, kind):
+    # They go on after what stops the writing, and so must be cut there.
+    drafts = [DRAFTS[kind](own) for own in said]
+    assert greedy(model, ids, NEW, stop, drafts=drafts) == expected
+    assert greedy(model, ids, NEW, stop, drafts=[drafts[0], [], drafts[2], [], []]) == expected
+    assert greedy(model, ids, NEW, set(), drafts=drafts) == said
+
+
+def test_a_draft_that_is_longer_than_what_may_be_written_is_cut(model, ids, said):
+    assert greedy(model, ids, 5, set(), drafts=said) == [own[:5] for own in said]
+
+
+def test_a_right_draft_costs_one_pass_and_a_wrong_one_the_steps_after_its_error(model, ids, said):
+    widths, _ = steps(model, lambda: greedy(model, ids[:1], NEW, set(), drafts=[said[0]]))
+    assert widths == [len(ids[0]) + NEW]
+    draft = [*said[0][:10], other(said[0][10])]
+    widths, found = steps(model, lambda: greedy(model, ids[:1], NEW, set(), drafts=[draft]))
+    assert found == [said[0]]
+    assert widths == [len(ids[0]) + 11] + [1] * (NEW - 11)
+
+
+def test_rows_that_do_not_fit_into_the_cache_together_are_written_in_turn(model, ids, expected, stop, monkeypatch):
+    monkeypatch.setitem(generation.CACHE_BYTES, "cpu", 1)
+    widths, found = steps(model, lambda: greedy(model, ids, NEW, stop))
+    assert found == expected
+    # One pass over all prompts gives each its first token; then each row takes as many steps as it has tokens more.
+    assert widths.count(1) == sum(len(row) - 1 for row in expected)
+
+
+def test_writing_ends_where_it_is_decided(model, ids, said):
+    asked = []
+
+    def undecided(number, tokens):
+        asked.append((number, list(tokens)))
+        return len(tokens) < 3 + number
+
+    assert greedy(model, ids, NEW, set(), undecided) == [own[: 3 + n] for n, own in enumerate(said)]
+    assert all(tokens == said[number][: len(tokens)] for number, tokens in asked)
+
+
+def test_grouped_heads_are_written_as_generate_writes_them(ids):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.3, eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    rows = [[token % 512 for token in row] for row in ids]
+    wanted = [alone(model, row, None) for row in rows]
+    assert greedy(model, rows, NEW, set()) == wanted
+    assert greedy(model, rows, NEW, set(), drafts=[own[:9] for own in wanted]) == wanted
+
+
+def test_in_bfloat16_only_prompts_of_one_length_share_a_batch_and_drafts_are_not_used(checkpoint, ids, said):
+    model = load_model(checkpoint, torch.bfloat16)
+    rows = [ids[0], ids[0][::-1], ids[3]]
+    batches = []
+    hook = model.base_model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: batches.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    plain = greedy(model, rows, NEW, set())
+    drafted = greedy(model, rows, NEW, set(), drafts=[said[0], said[0], said[3]])
+    hook.remove()
+    assert plain == drafted
+    assert batches[: len(batches) // 2] == batches[len(batches) // 2 :]
+    assert set(batches) == {(1, len(ids[3])), (2, len(ids[0])), (1, 1), (2, 1)}
+
+
+def test_complete_keeps_the_order_of_prompts_and_expected_texts_change_none(model, tokenizer, ids):
+    stop = model.generation_config.eos_token_id
+    texts = [decode(tokenizer, alone(model, row, stop)) for row in ids]
+    assert complete(model, tokenizer, PROMPTS, NEW, batch_tokens=120) == texts
+    assert complete(model, tokenizer, PROMPTS, NEW, expected=texts) == texts
+    assert complete(model, tokenizer, PROMPTS, NEW, expected=["a city", *texts[1:]]) == texts
+
+
+def test_decode_cleans_spaces_as_the_official_scorer_asks(tokenizer):
+    ids = [*encode(tokenizer, " He 's here , is n't he ? Yes ."), tokenizer.eos_token_id]
+    assert decode(tokenizer, ids) == " He's here, isn't he? Yes."
