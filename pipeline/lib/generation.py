@@ -168,11 +168,12 @@ def finish(
     start = max(row.length for row in group)
     end = start + max(max_new_tokens - len(row.tokens) for row in group)
     blocks, heads, _, width = group[0].states.shape
-    states = [group[0].states.new_zeros(len(group), heads, end, width) for _ in range(blocks)]
+    states = [group[0].states.new_empty(len(group), heads, end, width) for _ in range(blocks)]
     hidden = states[0].new_zeros(len(group), 1, 1, end)
     for place, row in enumerate(group):
         hidden[place, :, :, : start - row.length] = torch.finfo(hidden.dtype).min
         for part, own in zip(states, row.states, strict=True):
+            part[place, :, : start - row.length] = 0.0  # hidden, but memory may hold anything, and 0 times NaN is NaN
             part[place, :, start - row.length : start] = own
     padded = any(row.length < start for row in group)
     batch, over = list(range(len(group))), set[int]()
@@ -195,5 +196,8 @@ def finish(
         if not going:
             return written
         if len(going) <= 0.75 * len(batch):
-            batch, hidden, states = [batch[p] for p in going], hidden[going], [part[going] for part in states]
+            batch, hidden = [batch[place] for place in going], hidden[going]
+            for part in states:
+                part[: len(going), :, : filled + 1] = part[going, :, : filled + 1]
+            states = [part[: len(going)] for part in states]
             cache = rooms(states, filled + 1)
