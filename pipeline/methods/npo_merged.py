@@ -14,7 +14,6 @@ Run     python -m pipeline.methods.npo_merged MODEL OUT FORGET_DIR RETAIN_DIR
 """
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -33,6 +32,7 @@ from pipeline.methods.loop import (
     Step,
     answer_losses,
     both_answers,
+    clock,
     descend,
     frozen,
     run_method,
@@ -85,7 +85,7 @@ def method(job: Job) -> Done:
     done: dict[str, Done] = {}
     for left, (name, weights) in zip((2, 1), WEIGHTS.items(), strict=True):
         adapted.set_adapter(name)
-        now = time.monotonic()
+        now = clock()
         part = dataclasses.replace(job, deadline=now + (job.deadline - now) / left)
         settings = scaled(PUBLISHED[name], job)
         parameters = [parameter for parameter in job.model.parameters() if parameter.requires_grad]
