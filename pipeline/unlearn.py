@@ -595,7 +595,7 @@ def calibrate(
     on which nothing is fitted. Far off is |log(loss of the documents / loss of the mixtures) - AIM|.
     """
     documents = [text for text in forget if is_document(text)]
-    mixtures = mix(tokenizer, documents, settings.seed)
+    mixtures = mix(tokenizer, documents, settings.seed) if settings.passes > 1 else []  # else nothing is decided by them
     tried: list[tuple[float, float]] = []  # log weight, log ratio of the losses less the aim
     longest = 0.0
     for _ in range(settings.passes):

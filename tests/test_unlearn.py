@@ -303,6 +303,16 @@ def test_without_documents_of_the_attack_it_is_solved_once(checkpoint: Path, for
     assert [distance for distance, _ in submission.calibrate(*arguments, SOLVED, math.inf)] == [pytest.approx(0)]
 
 
+def test_one_pass_measures_no_losses(checkpoint: Path, forget, retain, monkeypatch: pytest.MonkeyPatch):
+    """A loss runs every block, twice; of one pass there is nothing to choose."""
+    monkeypatch.setattr(submission, "mean_loss", lambda *_: pytest.fail("a loss was measured"))
+    settings = dataclasses.replace(SOLVED, passes=1)
+    arguments = (Decoder(checkpoint, torch.float32), load_tokenizer(checkpoint), forget, retain, [])
+    ((_, found),) = submission.calibrate(*arguments, settings, math.inf)
+    expected = solve_of(checkpoint, forget, retain, settings)
+    assert all(torch.equal(found[index], expected[index]) for index in SOLVED.trained)
+
+
 def test_general_text_is_the_models_own_and_recites_no_forget_row(checkpoint: Path, forget, retain):
     tokenizer = load_tokenizer(checkpoint)
     texts = submission.sample_general(checkpoint, tokenizer, forget, retain, SOLVED)
