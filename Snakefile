@@ -563,12 +563,37 @@ rule leaderboard:
 # ---- the study: layers, peers, claims ----
 
 
+# Nothing below the first trained block changes: what enters each block is computed once, as is the general text. So all
+# runs of the sweep hold the general text of seed 0 in place, and a seed stands for the steering directions alone. The
+# folder goes when the last of them has read it.
+rule layer_inputs:
+    input:
+        model="models/{target}/original",
+        data=dataset_of,
+        code=code("layer_inputs"),
+    output:
+        temp(directory("results/{target}/layers/inputs")),
+    log:
+        "results/{target}/logs/layer_inputs.log",
+    benchmark:
+        "results/{target}/benchmarks/layer_inputs.tsv"
+    threads: threads_of
+    resources:
+        mem_mb=memory_of,
+        runtime=minutes_of,
+        gpu=gpus_of,
+    shell:
+        "python -m pipeline.layer_inputs --model {input.model} --forget {input.data}/train/forget"
+        " --retain {input.data}/train/retain --output {output} 2>&1 | tee {log}"
+
+
 # RMU and Adaptive RMU at one block; the number after it is the seed of the steering directions.
 rule layer:
     input:
         model="models/{target}/original",
         data=dataset_of,
-        code=code("unlearn"),
+        inputs="results/{target}/layers/inputs",
+        code=code("layer_inputs"),
     output:
         "results/{target}/layers/{method}.{block}.{seed}/run.json",
     log:
@@ -589,7 +614,7 @@ rule layer:
         settings=steering_of,
     shell:
         "python -m pipeline.unlearn {input.model} {params.folder} {input.data}/train/forget {input.data}/train/retain"
-        " {params.settings} 2>&1 | tee {log}"
+        " {params.settings} --inputs {input.inputs} 2>&1 | tee {log}"
 
 
 rule layers:

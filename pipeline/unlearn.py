@@ -117,9 +117,17 @@ def settings_for(depth: int, method: str = "solve") -> Settings:
 
 
 def unlearn(
-    model_path: str, output_path: str, forget_path: str, retain_path: str, settings: Settings | None = None
+    model_path: str,
+    output_path: str,
+    forget_path: str,
+    retain_path: str,
+    settings: Settings | None = None,
+    inputs_path: str | None = None,
 ) -> None:
-    """Write to `output_path` the model at `model_path` without what the forget rows taught it."""
+    """Write to `output_path` the model at `model_path` without what the forget rows taught it.
+
+    Runs on the same model and rows can share what they have in common, in a folder `inputs_path`: see `read_inputs`.
+    """
     started = time.monotonic()
     settings = settings or settings_for(depth_of(Path(model_path)))
     decoder = Decoder(Path(model_path), torch.float32 if settings.method == "descend" else None)
@@ -128,18 +136,24 @@ def unlearn(
     forget = read_texts(Path(forget_path), "forget", tokenizer)
     retain = read_texts(Path(retain_path), "retain", tokenizer)
     check_disjoint(forget, retain)
+    general: list[Text] = []
+    inputs = None
+    if inputs_path:
+        general, inputs = read_inputs(Path(inputs_path), Path(model_path), decoder, forget, retain, settings)
     torch.manual_seed(settings.seed)
 
     checkpoint = Checkpoint(Path(model_path), Path(output_path))
     deadline = started + settings.minutes * 60
-    progress = Progress(Path(output_path) / ".unfinished", identity(Path(model_path), settings, forget, retain))
+    run = identity(Path(model_path), settings, forget, retain, inputs_path)
+    progress = Progress(Path(output_path) / ".unfinished", run)
     try:
         if settings.method == "solve":
-            general = progress.texts("general")
-            if not general:
+            if not inputs_path:
+                general = progress.texts("general")
+            if not inputs_path and not general:
                 general = sample_general(Path(model_path), tokenizer, forget, retain, settings)
                 progress.save("general", {str(n): torch.tensor(text.tokens) for n, text in enumerate(general)})
-            found = calibrate(decoder, tokenizer, forget, retain, general, settings, deadline, progress)
+            found = calibrate(decoder, tokenizer, forget, retain, general, settings, deadline, progress, inputs)
         else:
             found = descend(decoder, forget, retain, settings, deadline, progress)
         lowest = math.inf
@@ -484,6 +498,7 @@ def solve(
     general: list[Text],
     settings: Settings,
     progress: "Progress | None" = None,
+    inputs: list[list[Tensor]] | None = None,
 ) -> dict[int, Tensor]:
     """Return the matrices, by block, that minimise RMU's loss block after block, each given what the earlier changed.
 
@@ -491,19 +506,23 @@ def solve(
     loss is quadratic in W. One block can hardly tell forget from retain text; but the little that it moves forget text
     by helps the next block to tell them apart. The last blocks steer nothing: with forget text well apart by then, they
     put back what the steering did to the rest.
+
+    `inputs` is what enters the first trained block, (tokens, hidden) a row, for the three kinds of text; without it the
+    blocks below are run.
     """
     directions = steering_directions(decoder.config.hidden_size, settings.seed, decoder.device)
     streams = []
-    for texts in (forget, retain, general):
-        embedded = decoder.embed(texts)
-        streams.append(Stream(token_weights(texts, settings.answer), embedded, embedded))
+    for number, texts in enumerate((forget, retain, general)):
+        start = inputs[number] if inputs else decoder.embed(texts)
+        streams.append(Stream(token_weights(texts, settings.answer), start, start))
     streams[0].weights = [
         row * (settings.documents if is_document(text) else 1.0)
         for row, text in zip(streams[0].weights, forget, strict=True)
     ]
     matrices: dict[int, Tensor] = {}
     steering = settings.trained[: len(settings.trained) - settings.repaired]
-    for index in tqdm(range(settings.trained[-1] + 1), desc="blocks", mininterval=2):
+    first = settings.trained[0] if inputs else 0
+    for index in tqdm(range(first, settings.trained[-1] + 1), desc="blocks", mininterval=2):
         block = decoder.block(index)
         originals = [decoder.advance(block, stream.originals) for stream in streams]
         if index in settings.trained:
@@ -586,6 +605,7 @@ def calibrate(
     settings: Settings,
     deadline: float,
     progress: "Progress | None" = None,
+    inputs: list[list[Tensor]] | None = None,
 ) -> Iterator[tuple[float, dict[int, Tensor]]]:
     """Yield, for one weight of the forget documents after the other, how far off it is, and `solve`'s matrices.
 
@@ -595,12 +615,13 @@ def calibrate(
     on which nothing is fitted. Far off is |log(loss of the documents / loss of the mixtures) - AIM|.
     """
     documents = [text for text in forget if is_document(text)]
-    mixtures = mix(tokenizer, documents, settings.seed) if settings.passes > 1 else []  # else nothing is decided by them
+    compared = settings.passes > 1  # with one pass there is nothing to decide
+    mixtures = mix(tokenizer, documents, settings.seed) if compared else []
     tried: list[tuple[float, float]] = []  # log weight, log ratio of the losses less the aim
     longest = 0.0
     for _ in range(settings.passes):
         begun = time.monotonic()
-        matrices = solve(decoder, forget, retain, general, settings, progress)
+        matrices = solve(decoder, forget, retain, general, settings, progress, inputs)
         losses = (
             [mean_loss(decoder, matrices, texts) for texts in (documents, mixtures)]
             if mixtures
@@ -701,6 +722,25 @@ def sample_general(
         if len(texts) == wanted:
             break
     return texts
+
+
+def read_inputs(
+    folder: Path, model: Path, decoder: Decoder, forget: list[Text], retain: list[Text], settings: Settings
+) -> tuple[list[Text], list[list[Tensor]]]:
+    """Return general text, and what enters the first trained block for each forget, retain and general row.
+
+    Both lie in `folder`, a file a block. Raise `BadInput` if they are of another model, other rows or precision.
+    """
+    if settings.method != "solve":
+        raise BadInput(f"{folder}: only the closed form goes on from the inputs of a block")
+    path = folder / f"block-{settings.trained[0]}.safetensors"
+    if _run_of(path) != origin(model, forget, retain, decoder.dtype):
+        raise BadInput(f"{path}: missing, damaged, or of another model, other rows or another precision")
+    with safe_open(path, framework="pt") as file:
+        general = [Text(f"general {n}", "general", row) for n, row in enumerate(file.get_tensor("tokens").tolist())]
+        sides = {"forget": forget, "retain": retain, "general": general}
+        lengths = {name: [len(text.tokens) for text in texts] for name, texts in sides.items()}
+        return general, [list(file.get_tensor(name).to(decoder.device).split(lengths[name])) for name in sides]
 
 
 def _grams(tokens: list[int], length: int = 8) -> Iterator[tuple[int, ...]]:
@@ -878,15 +918,20 @@ def steer(
 # ---- what a killed run leaves ----
 
 
-def identity(model: Path, *inputs: object) -> str:
-    """Return a hash of all that decides a result: this file, the model's files, the inputs, versions and device.
+def origin(model: Path, *inputs: object) -> str:
+    """Return a hash of the model's files and the inputs.
 
     A model file is known by size and time of change: to hash 27 GB could take longer than what it saves.
     """
     stats = [(path.name, path.stat()) for path in sorted(model.iterdir()) if path.name[0] != "."]
     files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return hashlib.sha256(repr((files, inputs)).encode()).hexdigest()
+
+
+def identity(model: Path, *inputs: object) -> str:
+    """Return a hash of all that decides a result: this file, the model's files, the inputs, versions and device."""
     machine = (torch.__version__, transformers.__version__, device(), fast_dtype(), torch.get_num_threads())
-    return hashlib.sha256(Path(__file__).read_bytes() + repr((files, inputs, machine)).encode()).hexdigest()
+    return origin(model, Path(__file__).read_bytes(), inputs, machine)
 
 
 class Progress:
@@ -1065,12 +1110,14 @@ def main(argv: Sequence[str]) -> None:
         parser.add_argument(f"--{name}", type=float)
     for name in ("repaired", "passes", "batch-size", "epochs", "seed"):
         parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--inputs", metavar="FOLDER", help="what enters the trained blocks, from pipeline.layer_inputs")
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     model, output, forget, retain = (given.pop(name) for name in ("model", "output", "forget", "retain"))
+    inputs = given.pop("inputs", None)
     if "trained" in given:
         given["trained"] = tuple(given["trained"])
     settings = dataclasses.replace(settings_for(depth_of(Path(model)), given["method"]), **given)
-    unlearn(model, output, forget, retain, settings)
+    unlearn(model, output, forget, retain, settings, inputs)
 
 
 if __name__ == "__main__":

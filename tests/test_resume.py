@@ -145,7 +145,7 @@ def test_a_solved_block_is_not_solved_again(checkpoint: Path, data: Path, left, 
         metadata = file.metadata()
     save_file({name: torch.zeros_like(value) for name, value in load_file(path).items()}, path, metadata)
     sides = sides_of(checkpoint, data)
-    progress = Progress(folder, identity(checkpoint, SOLVED, *sides))
+    progress = Progress(folder, identity(checkpoint, SOLVED, *sides, None))
     matrices = submission.solve(Decoder(checkpoint), *sides, progress.texts("general"), SOLVED, progress)
     before = load_file(checkpoint / "model.safetensors")
     same = {
@@ -165,7 +165,7 @@ def test_descent_goes_on_after_the_last_saved_epoch(checkpoint: Path, data: Path
         return [(loss, matrices[3].clone()) for loss, matrices in found]
 
     undisturbed = epochs(None)
-    gone_on = epochs(Progress(output / ".unfinished", identity(checkpoint, DESCENDED, *sides)))
+    gone_on = epochs(Progress(output / ".unfinished", identity(checkpoint, DESCENDED, *sides, None)))
     assert undisturbed[0][0] < undisturbed[1][0]  # so the best is not the last saved
     for (loss, matrix), (expected_loss, expected) in zip(gone_on, [undisturbed[0], *undisturbed[2:]], strict=True):
         assert loss == expected_loss
@@ -192,7 +192,7 @@ def test_a_damaged_state_is_removed(
         save_file(load_file(path), path)
     else:
         path.write_bytes({"half": content[: len(content) // 2], "empty": b"", "noise": bytes(range(256)) * 9}[damage])
-    Progress(folder, identity(checkpoint, SOLVED, *sides_of(checkpoint, data)))
+    Progress(folder, identity(checkpoint, SOLVED, *sides_of(checkpoint, data), None))
     assert not folder.exists()
     assert f"{folder}: not used" in capsys.readouterr().err
 

@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import GOALS, ROOT, snakemake
+from tests.trust.checkout import clean_copy
 
 pytestmark = pytest.mark.slow
 
@@ -147,6 +148,17 @@ def test_two_settings_swapped_rerun_their_rule(edited: Path):
 def test_the_real_targets_can_be_planned_without_network_token_or_gpu(made: Path, target: str):
     rules = planned(made, goals=[f"submissions/{target}.zip"])
     assert rules == set(READERS) - {"fetch_base", "memorise", "fluency", "leaderboard", "report"}
+
+
+def test_the_runs_of_a_sweep_share_one_job(tmp_path: Path):
+    """2 methods x 32 blocks x 5 seeds, each run measured, and the untouched model; what they share, once."""
+    done = snakemake(clean_copy(tmp_path / "checkout"), "-n", "results/7b/layers.json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    counts = {name: int(number) for name, number in re.findall(r"^(\w+) +(\d+)$", done.stdout, re.MULTILINE)}
+    measured = dict.fromkeys(("complete", "membership", "mmlu", "score"), 2 * 32 * 5 + 1)
+    once = dict.fromkeys(("fetch_model", "split", "layer_inputs", "layers"), 1)
+    total = 2 * 32 * 5 + sum(measured.values()) + 2 + len(once)
+    assert counts == {"layer": 2 * 32 * 5, **measured, **once, "fetch_data": 2, "total": total}
 
 
 def test_an_unknown_key_is_refused_by_its_name(made: Path):

@@ -277,9 +277,9 @@ def test_calibration_weighs_documents_less_while_they_are_more_surprising_than_m
     weights = []
     solve = submission.solve
 
-    def spy(decoder, forget, retain, general, settings, progress=None):
+    def spy(decoder, forget, retain, general, settings, *rest):
         weights.append(settings.documents)
-        return solve(decoder, forget, retain, general, settings, progress)
+        return solve(decoder, forget, retain, general, settings, *rest)
 
     monkeypatch.setattr(submission, "solve", spy)
     arguments = (Decoder(checkpoint, torch.float32), load_tokenizer(checkpoint), forget, retain, [])
