@@ -86,11 +86,14 @@ def questions_of(wildcards):
 def weights_of(wildcards):
     """What stands for a checkpoint: a folder made in one piece, or the record that unlearning writes last."""
     folder = folder_of(wildcards)
-    return folder if wildcards.checkpoint in MEMORISED else f"{folder}/run.json"
+    whole = wildcards.checkpoint in MEMORISED or wildcards.checkpoint.startswith("layers/")
+    return folder if whole else f"{folder}/run.json"
 
 
 def folder_of(wildcards):
-    return f"{'models' if wildcards.checkpoint in MEMORISED else 'results'}/{wildcards.target}/{wildcards.checkpoint}"
+    """A checkpoint's folder; one of the sweep has a folder of its own beside its results, which goes when measured."""
+    folder = f"{'models' if wildcards.checkpoint in MEMORISED else 'results'}/{wildcards.target}/{wildcards.checkpoint}"
+    return f"{folder}/checkpoint" if wildcards.checkpoint.startswith("layers/") else folder
 
 
 def origin_of(wildcards):
@@ -587,7 +590,8 @@ rule layer_inputs:
         " --retain {input.data}/train/retain --output {output} 2>&1 | tee {log}"
 
 
-# RMU and Adaptive RMU at one block; the number after it is the seed of the steering directions.
+# RMU and Adaptive RMU at one block; the number after it is the seed of the steering directions. A checkpoint is as large
+# as the model, and the sweep has hundreds: each goes when it has been measured, which has precedence over making another.
 rule layer:
     input:
         model="models/{target}/original",
@@ -595,7 +599,7 @@ rule layer:
         inputs="results/{target}/layers/inputs",
         code=code("layer_inputs"),
     output:
-        "results/{target}/layers/{method}.{block}.{seed}/run.json",
+        temp(directory("results/{target}/layers/{method}.{block}.{seed}/checkpoint")),
     log:
         "results/{target}/logs/layers/{method}.{block}.{seed}.log",
     benchmark:
@@ -604,16 +608,16 @@ rule layer:
         method="rmu|adaptive",
         block=r"\d+",
         seed=r"\d+",
+    priority: -1
     threads: threads_of
     resources:
         mem_mb=memory_of,
         runtime=minutes_of,
         gpu=gpus_of,
     params:
-        folder=subpath(output[0], parent=True),
         settings=steering_of,
     shell:
-        "python -m pipeline.unlearn {input.model} {params.folder} {input.data}/train/forget {input.data}/train/retain"
+        "python -m pipeline.unlearn {input.model} {output} {input.data}/train/forget {input.data}/train/retain"
         " {params.settings} --inputs {input.inputs} 2>&1 | tee {log}"
 
 

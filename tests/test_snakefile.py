@@ -150,8 +150,11 @@ def test_the_real_targets_can_be_planned_without_network_token_or_gpu(made: Path
     assert rules == set(READERS) - {"fetch_base", "memorise", "fluency", "leaderboard", "report"}
 
 
-def test_the_runs_of_a_sweep_share_one_job(tmp_path: Path):
-    """2 methods x 32 blocks x 5 seeds, each run measured, and the untouched model; what they share, once."""
+def test_the_runs_of_a_sweep_share_one_job_and_leave_no_checkpoint(tmp_path: Path):
+    """2 methods x 32 blocks x 5 seeds, each run measured, and the untouched model; what they share, once.
+
+    Each of the 320 checkpoints is as large as the model.
+    """
     done = snakemake(clean_copy(tmp_path / "checkout"), "-n", "results/7b/layers.json")
     assert done.returncode == 0, done.stderr[-2000:]
     counts = {name: int(number) for name, number in re.findall(r"^(\w+) +(\d+)$", done.stdout, re.MULTILINE)}
@@ -159,6 +162,9 @@ def test_the_runs_of_a_sweep_share_one_job(tmp_path: Path):
     once = dict.fromkeys(("fetch_model", "split", "layer_inputs", "layers"), 1)
     total = 2 * 32 * 5 + sum(measured.values()) + 2 + len(once)
     assert counts == {"layer": 2 * 32 * 5, **measured, **once, "fetch_data": 2, "total": total}
+    removed = re.findall(r"^Would remove temporary output (results/7b/layers/\S+[^.\s])", done.stdout, re.MULTILINE)
+    runs = [f"{method}.{block}.{seed}" for method in ("rmu", "adaptive") for block in range(32) for seed in range(5)]
+    assert sorted(removed) == sorted(["results/7b/layers/inputs", *(f"results/7b/layers/{r}/checkpoint" for r in runs)])
 
 
 def test_an_unknown_key_is_refused_by_its_name(made: Path):
