@@ -1,6 +1,7 @@
 """What the sweep's runs share: the same tensors with it as without, and nothing of another model taken."""
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 
@@ -8,12 +9,15 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import OlmoConfig, OlmoForCausalLM
 
 from pipeline import layer_inputs
 from pipeline import unlearn as submission
 from pipeline.lib.models import load_model, load_tokenizer
 from pipeline.lib.stage import BadInput
 from pipeline.unlearn import Settings, read_texts, unlearn
+from tests.conftest import ROOT
 from tests.test_unlearn import refuse
 
 WINDOW = Settings("solve", (2, 3, 4), beta=2.0, alpha=1.5, repaired=0, passes=1)
@@ -146,3 +150,54 @@ def test_wrong_rows_leave_no_folder(checkpoint: Path, data: Path, tmp_path: Path
 def test_the_files_are_in_the_precision_that_unlearning_computes_in(inputs: Path):
     with safe_open(inputs / "block-0.safetensors", framework="pt") as file:
         assert file.get_tensor("forget").dtype == submission.fast_dtype()
+
+
+# ---- the plan for 7B, in LOG.md ----
+
+
+def planned() -> dict[str, float]:
+    """The figures of the plan's table, in jobs, seconds and bytes, by the first word of a line."""
+    text = (ROOT / "LOG.md").read_text().partition("| part | takes |")[2].partition("\n\n")[0]
+    units = {"": 1, "min": 60, "h": 3600, "GB": 1e9, "TB": 1e12}
+    rows = re.findall(r"^\| \**([\w ]+).*?\| \**([\d.,]+) ?(\w*)\** \|$", text, re.MULTILINE)
+    return {name.split()[0]: float(number.replace(",", "")) * units[unit] for name, number, unit in rows}
+
+
+def test_the_plan_for_7b_is_right():
+    """Weights and operations counted by torch on a 7B without values; the rest from the plan's assumptions."""
+    config = OlmoConfig(vocab_size=50304, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
+    with torch.device("meta"):
+        model = OlmoForCausalLM(config)
+        block, rows = model.model.layers[0], torch.empty(1, 100, 4096)
+        with FlopCounterMode(display=False) as one_pass:
+            block(rows, position_embeddings=model.model.rotary_emb(rows, torch.arange(100)[None]))
+        with FlopCounterMode(display=False) as equations:
+            entering = torch.empty(100, 11008)
+            _ = entering.T @ entering, rows[0].T @ entering
+    stored = 4 * sum(weight.numel() for weight in model.state_dict().values())
+    of_block = 4 * sum(weight.numel() for weight in block.state_dict().values())
+    read = (stored - 4 * model.model.embed_tokens.weight.numel()) / 2  # at each step, in bfloat16
+    tokens, disk, memory = 180_000 + 227_500, 1e9, 1555e9 / 2
+    forward = one_pass.get_total_flops() / 100 / 156e12  # seconds a token and block
+    windows = [range(max(0, last - 2), last + 1) for last in range(32)]
+    solved, below = 10 * sum(map(len, windows)), 10 * sum(window[0] for window in windows)
+    assert (solved, below) == (930, 4350)
+    factor = (11008**3 / 3 + 2 * 11008**2 * 4096) / 4.85e12
+    inputs = tokens * 4096 * 2
+    keys = 2 * 32 * 4096 * 2  # bytes of keys and values a token
+    sampling = 7 * 127 * (read + 256 * 64 * keys) / memory  # 1,777 texts by 256, on average 64 tokens long
+    expected = {
+        "jobs": 320 + 1 + 4 * 321 + 1 + 4,
+        "shared": stored / disk + sampling + 29 * (tokens * forward + of_block / disk) + 30 * inputs / disk,
+        "solving": solved * (tokens * (2 * forward + equations.get_total_flops() / 100 / 9.75e12) + factor),
+        "reading": (320 * (2 * stored + inputs) + solved * of_block) / disk,
+        "loading": 321 * 3 * stored / disk,
+        "completions": 321 * 200 * 256 * read / memory,
+        "multiple": 321 * (2.2e6 + 80e3 + 180e3) * 32 * forward,
+        "starting": 1284 * 20,
+    }
+    expected["GPU"] = sum(seconds for name, seconds in expected.items() if name != "jobs")
+    expected["saved"] = below * (tokens * forward + of_block / disk) + 320 * (stored / disk + sampling)
+    expected["saved"] += 640 * 32 * of_block / disk
+    expected |= {"inputs": 30 * inputs, "a": stored, "all": 320 * stored}
+    assert planned() == pytest.approx(expected, rel=0.02)
