@@ -22,6 +22,7 @@ from tests.trust.faults import faults
 from tests.trust.fuzz import fuzz
 from tests.trust.kills import kills
 from tests.trust.same_bytes import run_from_clean, same_bytes
+from tests.trust.study_edits import study_matrix
 
 GROUPS = ("kills", "faults", "bytes", "edits", "fuzz")
 
@@ -49,7 +50,7 @@ def checks(args: argparse.Namespace, work: Path) -> list[Check]:
     if "bytes" in args.groups:
         found += same_bytes(made, work, args.runs)
     if "edits" in args.groups:
-        found += matrix(work)
+        found += matrix(work) + study_matrix(work)
     if "fuzz" in args.groups:
         found.append(fuzz(work / "fuzz", args.minutes))
     return found

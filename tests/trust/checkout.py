@@ -185,10 +185,14 @@ def temporaries(folder: Path) -> list[Path]:
 
 def planned_jobs(folder: Path, *words: str) -> set[str]:
     """The jobs of tiny that `snakemake -n` would run, by the names in `JOBS`."""
-    process = start(folder, "-n", *GOALS, *words)
+    return {job_of(output) for output in planned_outputs(folder, *GOALS, *words)}
+
+
+def planned_outputs(folder: Path, *words: str) -> set[str]:
+    """The first output of each job that `snakemake -n` would run."""
+    process = start(folder, "-n", *words)
     assert process.wait() == 0, said(folder)[-2000:]
-    outputs = re.findall(r"^    output: (.+)$", said(folder), re.MULTILINE)
-    return {job_of(output.split(", ")[0]) for output in outputs}
+    return {outputs.split(", ")[0] for outputs in re.findall(r"^    output: (.+)$", said(folder), re.MULTILINE)}
 
 
 def job_of(output: str) -> str:

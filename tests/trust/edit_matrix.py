@@ -8,7 +8,7 @@ the standard library's modulefinder follows it.
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from modulefinder import ModuleFinder
@@ -113,9 +113,13 @@ def all_kept(folder: Path) -> Iterator[None]:
 def after_edit(folder: Path, name: str) -> set[str]:
     """The jobs planned when a line is added to a file."""
     with kept(folder / name) as path:
-        end = b" \n" if path.suffix in {".csv", ".json"} else b"\n# edited\n"
-        path.write_bytes(path.read_bytes() + end)
+        add_a_line(path)
         return planned_jobs(folder)
+
+
+def add_a_line(path: Path) -> None:
+    end = b" \n" if path.suffix in {".csv", ".json"} else b"\n# edited\n"
+    path.write_bytes(path.read_bytes() + end)
 
 
 def after_setting(folder: Path, place: str, value: Any) -> set[str]:
@@ -163,19 +167,20 @@ def matrix(work: Path) -> list[Check]:
     folder = fake_checkout(work / "edited")
     checks = [files, settings, lost] = [Check("edits of files"), Check("settings"), Check(".snakemake lost, edits")]
     for name in source_files(folder):
-        count(files, name, after_edit(folder, name), expected(name))
+        count(files, name, JOBS, after_edit(folder, name), expected(name))
         planned = after_loss(folder, lambda name=name: after_edit(folder, name))
-        count(lost, name, planned, expected(name))
+        count(lost, name, JOBS, planned, expected(name))
     for name, (place, value, rules) in SETTINGS.items():
-        count(settings, name, after_setting(folder, place, value), jobs_of(rules))
-    count(settings, "swapped", after_swap(folder), jobs_of({"split"}))
+        count(settings, name, JOBS, after_setting(folder, place, value), jobs_of(rules))
+    count(settings, "swapped", JOBS, after_swap(folder), jobs_of({"split"}))
     for check in checks:
         check.note = f"{check.tried // len(JOBS)} edits x {len(JOBS)} jobs"
     return checks
 
 
-def count(check: Check, what: str, planned: set[str], wanted: set[str]) -> None:
-    for job in JOBS:
+def count(check: Check, what: str, jobs: Iterable[str], planned: set[str], wanted: set[str]) -> None:
+    """A cell for each job that there is, and for each that nobody knows of and is planned all the same."""
+    for job in {*jobs, *planned, *wanted}:
         check.count((job in planned) == (job in wanted))
     if planned != wanted:
         print(f"FAILED: {check.name}: {what}: planned in vain {planned - wanted}, not planned {wanted - planned}")
