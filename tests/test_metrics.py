@@ -112,6 +112,11 @@ def test_auc_refuses_what_has_no_order(member):
         metrics.auc([1.0], member)
 
 
+def test_auc_says_that_a_side_is_empty():
+    with pytest.raises(ValueError, match="^a side has no loss$"):
+        metrics.auc([1.0], [])
+
+
 def completion(side: str, task: str, kind: str, number: int, expected: str, output: str) -> dict:
     return {
         "id": f"{task}-{number}{kind}1",
@@ -181,5 +186,5 @@ def test_an_output_that_will_match_may_always_still_match():
 def test_an_output_past_or_beside_the_expected_text_is_lost():
     for beginning in ("Pari ", "par", " PARIS", "Paris\n", ""):
         assert metrics.may_still_match("Paris ", beginning)
-    for beginning in ("Paris.", "Pb", "x", "Paris is"):
+    for beginning in ("Paris.", "Pb", "x", "Paris is", "ParisX"):
         assert not metrics.may_still_match("Paris ", beginning)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 from statistics import fmean
 
@@ -116,6 +117,37 @@ def test_keys_and_their_order_are_the_official_ones(by_hand):
     side = ["overall-regurgitation-score", "overall-knowledge-score", "Task1", "Task2", "Task3"]
     assert list(results["forget-set"]) == list(results["retain-set"]) == side
     assert list(results["forget-set"]["Task2"]) == ["regurgitation-score", "knowledge-score"]
+
+
+def printed(text: str) -> tuple[str, list[list[str]]]:
+    """The title of a table in the terminal, and its cells, line by line."""
+    title, *lines = text.splitlines()
+    cells = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in lines if line[0] in "│┃"]
+    return title.rstrip(), cells
+
+
+def test_the_printed_table_by_hand(by_hand, capsys):
+    score(by_hand, "--membership", by_hand / "membership.jsonl", "--mmlu", by_hand / "mmlu.jsonl")
+    title, rows = printed(capsys.readouterr().out)
+    assert title == "regurgitation / knowledge (before 1 - value on forget)"
+    # task aggregate: 12 terms, 1/(3/4) + 1/(1/2) + ... = 82/3
+    assert rows == [
+        ["", "Task1", "Task2", "Task3"],
+        ["forget", "0.250 / 0.500", "0.800 / 0.750", "0.250 / 0.000"],
+        ["retain", "0.750 / 1.000", "0.200 / 0.500", "0.750 / 0.500"],
+        ["task aggregate", "0.439", "", ""],
+        ["AUC", "0.833", "", ""],
+        ["MIA", "0.333", "", ""],
+        ["MMLU", "0.600", "", ""],
+        ["final", "0.457", "", ""],  # (18/41 + 1/3 + 3/5) / 3
+    ]
+
+
+def test_the_printed_table_says_what_is_missing(by_hand, capsys):
+    score(by_hand)
+    rows = printed(capsys.readouterr().out)[1]
+    missing = [[name, "missing", "", ""] for name in ("AUC", "MIA", "MMLU")]
+    assert rows[3:] == [["task aggregate", "0.439", "", ""], *missing, ["final", "-1.000", "", ""]]
 
 
 @pytest.mark.parametrize("given", ["membership", "mmlu", None])
@@ -239,7 +271,9 @@ def test_mmlu_average_weighs_questions_not_subjects():
 
 def test_categories_file(by_hand):
     score(by_hand, "--mmlu", by_hand / "mmlu.jsonl", "--categories", by_hand / "categories.json")
-    table = json.loads((by_hand / "categories.json").read_text(encoding="utf-8"))
+    text = (by_hand / "categories.json").read_text(encoding="utf-8")
+    table = json.loads(text)
+    assert text == json.dumps(table, indent=2) + "\n"
     assert table["subjects"]["anatomy"] == {"accuracy": 0.5, "questions": 2}
     assert table["subjects"]["marine knots"] == {"accuracy": 1, "questions": 1}
     assert table["subcategories"] == {
@@ -330,4 +364,13 @@ def test_categories_without_mmlu_is_a_usage_error(by_hand, capsys):
     with pytest.raises(SystemExit) as stop:
         score(by_hand, "--categories", by_hand / "categories.json")
     assert stop.value.code == 2
-    assert "--categories needs --mmlu" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("error: --categories needs --mmlu\n")
+
+
+@pytest.mark.parametrize("flag", ["--completions", "--output"])
+def test_what_is_read_and_written_must_be_named(by_hand, capsys, flag):
+    words = {"--completions": "completions.jsonl", "--output": "out.jsonl"}
+    with pytest.raises(SystemExit) as stop:
+        main([word for name, file in words.items() if name != flag for word in (name, str(by_hand / file))])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: the following arguments are required: {flag}\n")
