@@ -599,6 +599,7 @@ def test_questions_that_are_not_as_they_must_be(folder: Path, edit: Edit, place:
         ("complete", ["--max-new-tokens", -3], "max-new-tokens.* -3"),
         ("split", ["--documents-per-task", 4], "documents of Task1: 4 asked for, there are 3"),
         ("split", ["--documents-per-task", 1, "--nonmembers", 1], "none of its 4 members is in the forget sample"),
+        ("split", ["--raw", "nowhere"], "nowhere: no such folder"),
         ("leaderboard", ["--published", "nowhere.csv"], "nowhere.csv: no such file"),
         ("fetch_model", ["--local", "nowhere"], "nowhere: no such model folder"),
         ("fetch_data", ["--local", "nowhere"], "nowhere: no such folder"),

@@ -166,6 +166,29 @@ def test_completions_without_a_forget_row_are_refused(tmp_path: Path, completion
     assert not (tmp_path / "fluency.json").exists()
 
 
+def test_generated_held_out_text_is_the_corpus(tmp_path: Path, completions: Path, checkpoint: Path):
+    """As if the same texts had been in a file, but for the name of their source."""
+    texts = [row["text"] for row in corpus.general(7, fluency.HELD_OUT_TEXTS)]
+    expected = measure(tmp_path, completions, checkpoint, checkpoint, texts)["held_out"]
+    words = ["--completions", completions, "--original", checkpoint, "--model", checkpoint]
+    words += ["--held-out-seed", 7, "--output", tmp_path / "generated.json"]
+    fluency.main([str(word) for word in words])
+    found = json.loads((tmp_path / "generated.json").read_text())["held_out"]
+    assert found == {**expected, "source": "built-in corpus, seed 7"}
+
+
+def test_a_model_that_computes_no_number_is_refused(tmp_path: Path, completions: Path, checkpoint: Path):
+    """Its weights are finite, and their products overflow."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(3e38 * model.lm_head.weight.sign())
+    model.save_pretrained(tmp_path / "overflowing")
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "overflowing")
+    with pytest.raises(BadInput, match=r"fluency\.json: cannot be written: Out of range float values"):
+        measure(tmp_path, completions, checkpoint, tmp_path / "overflowing")
+    assert not (tmp_path / "fluency.json").exists()
+
+
 def people(texts: list[str]) -> set[str]:
     """All first and last names that stand beside each other."""
     first, last = set(corpus.FIRST_NAMES), set(corpus.LAST_NAMES)

@@ -16,8 +16,13 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+import httpx2
 import pytest
 from hub_server import Fault, Hub, git_blob, serve
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from tenacity import RetryCallState, Retrying
+
+import pipeline.lib.hub
 
 ROOT = Path(__file__).resolve().parents[1]
 REPOSITORY = "llmunlearningsemeval2025organization/semeval25-unlearning-dataset-public"
@@ -195,6 +200,59 @@ def test_busy_hub(hub, machine, status):
     hub.faults = [Fault(method, path, status=status, headers=AT_ONCE[status]) for method, path in busy]
     machine.succeeds()
     assert [asked.status for asked in hub.asked].count(status) == len(busy)
+
+
+PAUSES = [  # status, headers, seconds until the attempts 2, 3 and 4
+    (429, {"RateLimit": '"api";r=0;t=7'}, (8, 8, 8)),  # a second more than the hub says
+    (429, {"RateLimit": '"api";r=0;t=900'}, (300, 300, 300)),
+    (429, {"RateLimit": '"api";r=5;t=7'}, (1, 2, 4)),  # requests are left: it was not they
+    (503, {"Retry-After": "5"}, (5, 5, 5)),
+    (503, {"Retry-After": "86400"}, (300, 300, 300)),
+    (503, {"Retry-After": "Tue, 24 Nov 2026 14:00:00 GMT"}, (1, 2, 4)),  # a date is not waited for
+    (500, {}, (1, 2, 4)),
+]
+
+
+def failed(error: Exception, attempt: int) -> RetryCallState:
+    """A download's state after an attempt that ended in an error."""
+    state = RetryCallState(Retrying(), None, (REPOSITORY,), {})
+    state.attempt_number = attempt
+    state.set_exception((type(error), error, None))
+    return state
+
+
+def answer(status: int, headers: dict[str, str]) -> HfHubHTTPError:
+    response = httpx2.Response(status, headers=headers, request=httpx2.Request("GET", "http://hub/x"))
+    return HfHubHTTPError(f"\n{status} of the hub\nmore", response=response)
+
+
+@pytest.mark.parametrize(("status", "headers", "seconds"), PAUSES)
+def test_the_next_attempt_comes_when_the_hub_asks_for_it(status, headers, seconds):
+    error = answer(status, headers)
+    assert tuple(pipeline.lib.hub._pause(failed(error, attempt)) for attempt in (1, 2, 3)) == seconds
+    wrapped = LocalEntryNotFoundError("not in the cache")  # what the client makes of it
+    wrapped.__cause__ = error
+    assert pipeline.lib.hub._pause(failed(wrapped, 1)) == seconds[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        *((answer(status, {}), True) for status in (408, 429, 500, 502, 503, 504)),
+        *((answer(status, {}), False) for status in (400, 401, 403, 404, 501)),
+        (httpx2.ReadTimeout("no answer"), True),
+        (httpx2.ConnectError("refused"), True),
+        (LocalEntryNotFoundError("offline, and not in the cache"), False),
+        (OSError(28, "No space left on device"), False),
+    ],
+)
+def test_another_attempt_is_made_where_it_may_help(error, again):
+    assert pipeline.lib.hub._may_pass(error) == again
+
+
+def test_the_log_says_what_failed_and_which_attempt_follows(capsys):
+    pipeline.lib.hub._tell(failed(answer(503, {}), 2))
+    assert capsys.readouterr().err == f"{REPOSITORY}: 503 of the hub: attempt 3 of 4 follows\n"
 
 
 @slow

@@ -283,6 +283,14 @@ def test_any_other_input_gives_another_manifest(inputs, file):
     assert content(pack(inputs))["manifest.json"] != before
 
 
+def test_two_data_folders_of_one_name_would_be_one_in_the_manifest(inputs, capsys):
+    with pytest.raises(SystemExit) as stop:
+        pack(inputs, "--data", "data/split/small", "elsewhere/small")
+    assert stop.value.code == 2
+    assert "--data data/split/small elsewhere/small: two folders of one name" in capsys.readouterr().err
+    assert not list(inputs.glob("*.zip"))
+
+
 def test_dates_and_permissions_are_fixed(inputs):
     with zipfile.ZipFile(pack(inputs)) as archive:
         entries = archive.infolist()

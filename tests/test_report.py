@@ -232,6 +232,12 @@ def test_the_leaderboard_is_shown_as_it_was_written(results: Path):
     assert page.named("i") == []
 
 
+def test_without_a_leaderboard_there_is_no_page(results: Path):
+    (results / "leaderboard.md").unlink()
+    with pytest.raises(BadInput, match=r"leaderboard\.md: no such file"):
+        make(results)
+
+
 def test_rows_reach_the_page_letter_by_letter_and_none_as_markup(results: Path):
     text = make(results)
     page = Page(text)

@@ -110,6 +110,13 @@ def test_a_method_that_was_not_tuned_is_refused(draws: list[Path]):
         compare(draws, "sugd")
 
 
+def test_a_draw_without_a_final_score_is_refused(draws: list[Path]):
+    write(draws[1] / "retrained", 0.9, None, 0.9)
+    with pytest.raises(BadInput, match=r"tiny-2/retrained: no final score"):
+        compare(draws)
+    assert not (draws[0].parent / "c.json").exists()
+
+
 # ---- layers ----
 
 
