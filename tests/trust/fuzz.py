@@ -61,10 +61,10 @@ def fuzz(work: Path, minutes: float) -> Check:
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     executed = re.search(r"^stat::number_of_executed_units: (\d+)$", done.stderr, re.MULTILINE)
     check.tried = int(executed[1]) if executed else 0
-    crashed = done.returncode != 0
-    check.good = check.tried - crashed
     reached = [0, *map(int, re.findall(r" cov: (\d+)", done.stderr))][-1]
+    failed = done.returncode != 0 or not reached  # a crash, or nothing was instrumented
+    check.good = check.tried - failed
     check.note = f"{minutes} min, corpus of {len(list(corpus.iterdir()))} files, {reached} places in the code reached"
-    if crashed:
+    if failed:
         print(f"FAILED: {check.name}: input kept in {work}\n{done.stderr[-3000:]}", file=sys.stderr)
     return check
