@@ -4,7 +4,7 @@ BIN := .venv/bin
 CORES ?= 2
 SNAKEMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --cores $(CORES)
 
-.PHONY: demo page report unit test check trust bench clean
+.PHONY: demo page report unit test coverage check trust bench clean
 .DEFAULT_GOAL := demo
 
 # The main job, on the built-in stand-in; ends with the score table.
@@ -24,6 +24,12 @@ report: .venv/installed
 # Everything that needs no run of the workflow: two to three minutes.
 unit: .venv/installed
 	$(BIN)/python -m pytest -m "not slow"
+
+# Which lines and branches the fast tests reach; fails under 90 %.
+coverage: .venv/installed
+	$(BIN)/coverage run -m pytest -m "not slow"
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 test: check
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest

@@ -130,8 +130,8 @@ def test_a_write_that_the_system_refuses_is_told_in_one_line(tmp_path: Path):
     """A limit on the size of files stands for a full disk, which takes root to make."""
     table = tmp_path / "table.jsonl"
     program = "from pipeline.lib.stage import run\nfrom pipeline.lib.records import write_jsonl\nimport pathlib, sys\n"
-    program += "run(lambda argv: write_jsonl(pathlib.Path(argv[0]), ({'n': n} for n in range(10000))))"
-    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (4096, 4096))
+    program += "run(lambda argv: write_jsonl(pathlib.Path(argv[0]), ({'n': 'x' * 2**10} for _ in range(2**12))))"
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2**20, 2**20))
     command = [sys.executable, "-c", program, str(table)]
     done = subprocess.run(command, cwd=ROOT, preexec_fn=limit, capture_output=True, text=True)
     assert done.returncode == 2
