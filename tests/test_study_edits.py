@@ -1,6 +1,7 @@
 """Every job of a small study against every source file, setting and result: edits rerun what they must, no more.
 
-Planned in a checkout with made-up outputs (see tests/trust/study_edits.py), so nothing is trained.
+Planned in a checkout with made-up outputs (see tests/trust/study_edits.py), so nothing is trained. `make trust` has
+the files that hardly anything reads, too.
 """
 
 import re
@@ -33,7 +34,7 @@ def test_everything_is_planned_when_nothing_is_made(checkout: Path, tmp_path: Pa
     assert planned_outputs(folder, *edits.GOALS, *edits.DRAWN) == set(edits.BASE.jobs)
 
 
-@pytest.mark.parametrize("name", source_files(ROOT))
+@pytest.mark.parametrize("name", [name for name in source_files(ROOT) if name.endswith((".py", ".yaml", ".csv"))])
 def test_an_edited_file_reruns_the_jobs_that_use_it_and_what_reads_them(checkout: Path, name: str):
     assert edits.after_edit(checkout, name, edits.expected(name)) == edits.expected(name)
 
