@@ -231,5 +231,6 @@ def study_matrix(work: Path) -> list[Check]:
     for name, wanted in results().items():
         count(made, name, BASE.jobs, after_edit(folder, name, wanted), wanted)
     for check, edits in zip(checks, (source_files(folder), SETTINGS, results()), strict=True):
-        check.note = f"{len(edits)} edits x {len(BASE.jobs)} jobs, and those that a setting adds"
+        check.note = f"{len(edits)} edits x {len(BASE.jobs)} jobs"
+    settings.note += ", and those that a setting adds"
     return checks
