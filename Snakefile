@@ -568,14 +568,14 @@ rule leaderboard:
 
 # Nothing below the first trained block changes: what enters each block is computed once, as is the general text. So all
 # runs of the sweep hold the general text of seed 0 in place, and a seed stands for the steering directions alone. The
-# folder goes when the last of them has read it.
+# folder stays: were it temporary, one more seed would make it anew, and that would rerun the whole sweep.
 rule layer_inputs:
     input:
         model="models/{target}/original",
         data=dataset_of,
         code=code("layer_inputs"),
     output:
-        temp(directory("results/{target}/layers/inputs")),
+        directory("results/{target}/layers/inputs"),
     log:
         "results/{target}/logs/layer_inputs.log",
     benchmark:

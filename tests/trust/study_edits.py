@@ -25,8 +25,9 @@ STUDY: dict[str, Any] = {
 TUNED = {"npo_low_rank": "4", "sugd": "1"}  # the strengths chosen; a draw has a method's jobs as published (1), too
 GOALS = ["results/tiny/report.html", "results/tiny/unlearned/README.md"]
 TUNE = "results/tiny/methods/tuned.json"
+INPUTS = "results/tiny/layers/inputs"
 
-FOLDERS = {"fetch_data", "split", "memorise", "retrain"}  # rules that write one
+FOLDERS = {"fetch_data", "split", "memorise", "retrain", "layer_inputs", "layer"}  # rules that write one
 BESIDE = {  # what a rule writes beside the file that its jobs go by
     "score": ["mmlu_categories.json"],
     "layers": ["layers.svg"],
@@ -71,8 +72,9 @@ class Study:
         methods, strengths = self.settings["study.methods"], self.settings["study.strengths"]
         raw, split, model, original, ours = self.target("tiny", "synthetic")
         blocks, seeds = (range(self.settings[name]) for name in ("targets.tiny.sweep.blocks", "study.seeds"))
+        self.add(INPUTS, "layer_inputs", model, split)
         sweep = [
-            self.unlearned("tiny", f"layers/{method}.{block}.{seed}", "layer", "unlearn", "synthetic")
+            self.layer(f"results/tiny/layers/{method}.{block}.{seed}", model, split)
             for method in ("rmu", "adaptive")
             for block in blocks
             for seed in seeds
@@ -122,6 +124,11 @@ class Study:
 
     def method(self, target: str, name: str, strength: object, data: str) -> str:
         return self.unlearned(target, f"methods/{name}.{strength}", "method", f"methods.{name}", data)
+
+    def layer(self, folder: str, model: str, split: str) -> str:
+        """A run of the sweep, whose checkpoint has a folder of its own."""
+        run = self.add(f"{folder}/checkpoint", "layer", model, split, INPUTS, module="layer_inputs")
+        return self.evaluated(folder, run, "synthetic")
 
     def unlearned(self, target: str, name: str, rule: str, module: str, data: str) -> str:
         folder, split = f"results/{target}/{name}", self.data(data)[1]
