@@ -66,9 +66,12 @@ TASKS = ("Task1", "Task2", "Task3")
 COLUMNS = ("id", "input", "output", "task")
 CACHE_BYTES = 4 << 30  # a larger cache of activations lies in a file
 SAVING = 0.02  # the part of the time that may go into saving what a killed run goes on from
-AIM = 0.03  # log ratio of the losses of documents and mixtures: these know all their words, unseen documents do not
-NEAR = 0.02  # distance from the aim that is as good as none
-USUAL_SLOPE = 0.4  # of the log ratio against the log weight of the documents, as seen on small models
+AIM = 0.04  # log ratio of the losses of documents and mixtures: these know all their words, unseen documents do not
+NEAR = 0.1  # distance from the aim that is as good as none: three times the sd, from model to model, of where it is
+USUAL_SLOPE = 0.3  # of the log ratio against the log weight of the documents, as seen on small models
+QUESTIONS = (
+    "The following are multiple choice questions (with answers) about"  # the model goes on with subjects it knows
+)
 HOLD = 300.0  # alpha of blocks that only repair: steered text weighs nothing against what is held
 
 
@@ -86,7 +89,7 @@ class Settings:
     # closed form
     repaired: int = 1  # this many of the trained blocks, the last, steer nothing: they only hold what is to be kept
     answer: float = 3.0  # weight of a token from which the answer is predicted, against 1 for any other
-    documents: float = 1.0  # weight of the documents that the judge's attack asks about, see `calibrate`; its start
+    documents: float = 1.3  # weight of the documents that the judge's attack asks about, see `calibrate`; its start
     passes: int = 5  # solved at most so often, with a new weight of the documents
     general: float = 1.0  # weight of general text, sampled from the model, as a part of alpha
     general_ratio: float = 2.5  # tokens of general text for each retain token
@@ -483,7 +486,8 @@ def token_weights(texts: list[Text], answer: float) -> list[Tensor]:
         row[max(0, text.prompt - 1) :] = answer
         row[0] = 0.0
         weights.append(row)
-    cells = [(text.task, text.id[-3:-1]) for text in texts]  # an id ends in sc or qa, and a digit
+    # A row's id ends in sc or qa, and a digit; general text is all of one kind.
+    cells = [(text.task, text.id[-3:-1] if text.task in TASKS else "") for text in texts]
     totals = {
         cell: sum(row.sum() for row, own in zip(weights, cells, strict=True) if own == cell) for cell in set(cells)
     }
@@ -689,16 +693,16 @@ def mean_loss(decoder: Decoder, matrices: dict[int, Tensor], texts: list[Text]) 
 def sample_general(
     folder: Path, tokenizer: Any, forget: list[Text], retain: list[Text], settings: Settings
 ) -> list[Text]:
-    """Return text that the model itself writes after an end-of-text token, as a sample of all else that it knows.
+    """Return text that the model itself writes after an end-of-text token, half of it opened as MMLU's prompts are.
 
-    Texts that recite a forget row, eight tokens in a row or more, are left out. The rest holds in place the general
-    knowledge that the retain rows do not touch; no data but the model's own enters.
+    A sample of all else that it knows, also of questions and their answers. Texts that recite a forget row, eight
+    tokens in a row or more, are left out. The rest holds in place the general knowledge that the retain rows do not
+    touch; no data but the model's own enters.
     """
     length = 128
     wanted = round(settings.general_ratio * sum(len(text.tokens) for text in retain) / length)
     if settings.general == 0 or wanted == 0:
         return []
-    batch = min(256, wanted * 5 // 3)  # some recite; 256 on 7B in bfloat16: 16 GB of keys and values
     auto: Any = AutoModelForCausalLM
     model = auto.from_pretrained(folder, dtype=fast_dtype(), use_safetensors=True, trust_remote_code=False)
     model = model.to(device()).eval()
@@ -706,22 +710,31 @@ def sample_general(
         if not weight.isfinite().all():
             raise BadInput(f"{folder}: tensor {name} has values that are not finite")
     generator = torch.Generator(device()).manual_seed(settings.seed)
-    texts: list[Text] = []
     secret = {gram for text in forget for gram in _grams(text.tokens)}
-    for _ in range(4 * (wanted // batch + 1)):  # a model that recites nothing else must not keep us here
-        ids = torch.full((batch, 1), tokenizer.eos_token_id, device=device())
-        written, past = [ids], None
-        for _ in range(length - 1):
-            output = model(input_ids=ids, past_key_values=past, use_cache=True)
-            past = output.past_key_values
-            ids = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1, generator=generator)
-            written.append(ids)
-        for tokens in torch.cat(written, dim=1).tolist():
-            if not secret.intersection(_grams(tokens)) and len(texts) < wanted:
-                texts.append(Text(f"general {len(texts)}", "general", tokens))
-        if len(texts) == wanted:
-            break
+    texts: list[Text] = []
+    for start, share in (([], wanted - wanted // 2), (_encode(tokenizer, QUESTIONS), wanted // 2)):
+        opening = torch.tensor([tokenizer.eos_token_id, *start], device=device())
+        batch = max(1, min(256, share * 5 // 3))  # some recite; 256 on 7B in bfloat16: 16 GB of keys and values
+        kept: list[list[int]] = []
+        for _ in range(4 * (share // batch + 1)):  # a model that recites nothing else must not keep us here
+            written = write(model, opening.expand(batch, -1), length, generator)
+            kept += [tokens for tokens in written if not secret.intersection(_grams(tokens))]
+            if len(kept) >= share:
+                break
+        texts += [Text(f"general {len(texts) + n}", "general", tokens) for n, tokens in enumerate(kept[:share])]
     return texts
+
+
+def write(model: Any, opening: Tensor, length: int, generator: torch.Generator) -> list[list[int]]:
+    """Return `length` tokens of each row: the opening, (rows, tokens), and what the model writes after it, sampled."""
+    ids, past, written = opening, None, [opening]
+    for _ in range(length - opening.shape[1]):
+        output = model(input_ids=ids, past_key_values=past, use_cache=True)
+        past = output.past_key_values
+        ids = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1, generator=generator)
+        written.append(ids)
+    tokens: list[list[int]] = torch.cat(written, dim=1).tolist()
+    return tokens
 
 
 def read_inputs(

@@ -40,9 +40,17 @@ def kill(event, values):
             os.kill(os.getpid(), signal.SIGKILL)
 
 unlearn.SAVING = math.inf  # save whenever there is something to save
+unlearn.NEAR = 0.0  # solve as often as is allowed
 sys.addaudithook(kill)
 unlearn.main(arguments)
 """
+
+
+@pytest.fixture(autouse=True, scope="module")
+def solved_as_often_as_allowed():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(submission, "NEAR", 0.0)
+        yield
 
 
 def options(settings: Settings) -> list[str]:
@@ -119,8 +127,8 @@ def test_a_kill_leaves_what_was_done_and_no_result(output: Path, method: str):
     else:  # all of the first pass, block 2 of the second, whose weight of the documents is another
         assert saved[-1] == "general.safetensors"
         assert [name[-len("block-2.safetensors") :][:7] for name in saved[:-1]].count("block-2") == 2
-        assert [name for name in saved if "documents-1.0-" in name] == [
-            f"documents-1.0-block-{index}.safetensors" for index in (2, 3, 4)
+        assert [name for name in saved if f"documents-{SOLVED.documents}-" in name] == [
+            f"documents-{SOLVED.documents}-block-{index}.safetensors" for index in (2, 3, 4)
         ]
         assert len(saved) == 5
 
@@ -140,7 +148,7 @@ def sides_of(checkpoint: Path, data: Path) -> list[list[submission.Text]]:
 def test_a_solved_block_is_not_solved_again(checkpoint: Path, data: Path, left, tmp_path: Path):
     """The saved change of block 2 is replaced by nothing: then block 2 must end as it was, and the others must not."""
     folder = shutil.copytree(left["solve"] / ".unfinished", tmp_path / "unfinished")
-    path = folder / "documents-1.0-block-2.safetensors"
+    path = folder / f"documents-{SOLVED.documents}-block-2.safetensors"
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     save_file({name: torch.zeros_like(value) for name, value in load_file(path).items()}, path, metadata)
@@ -186,7 +194,7 @@ def test_a_damaged_state_is_removed(
     damage: str, checkpoint: Path, data: Path, left, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     folder = shutil.copytree(left["solve"] / ".unfinished", tmp_path / "unfinished")
-    path = folder / "documents-1.0-block-2.safetensors"
+    path = folder / f"documents-{SOLVED.documents}-block-2.safetensors"
     content = path.read_bytes()
     if damage == "no run":
         save_file(load_file(path), path)

@@ -287,7 +287,7 @@ def test_calibration_weighs_documents_less_while_they_are_more_surprising_than_m
         weights.clear()
         monkeypatch.setattr(submission, "AIM", aim)
         found = list(submission.calibrate(*arguments, dataclasses.replace(SOLVED, passes=3), math.inf))
-        assert len(found) == len(weights) == 3 and weights[0] == 1.0
+        assert len(found) == len(weights) == 3 and weights[0] == SOLVED.documents
         assert (weights[0] > weights[1] > weights[2]) is falls
         assert (weights[0] < weights[1] < weights[2]) is not falls
     weights.clear()
@@ -317,6 +317,10 @@ def test_general_text_is_the_models_own_and_recites_no_forget_row(checkpoint: Pa
     tokenizer = load_tokenizer(checkpoint)
     texts = submission.sample_general(checkpoint, tokenizer, forget, retain, SOLVED)
     assert len(texts) == round(sum(len(text.tokens) for text in retain) / 128)
+    end, opening = [tokenizer.eos_token_id], tokenizer(submission.QUESTIONS).input_ids
+    asked = [text.tokens[: len(end + opening)] == end + opening for text in texts]
+    assert all(text.tokens[:1] == end and len(text.tokens) == 128 for text in texts)
+    assert asked == [False] * (len(texts) - len(texts) // 2) + [True] * (len(texts) // 2) and any(asked)
     recited = submission.sample_general(checkpoint, tokenizer, [*forget, texts[0]], retain, SOLVED)
     assert texts[0].tokens not in [text.tokens for text in recited]
     assert texts[1].tokens in [text.tokens for text in recited]
