@@ -25,9 +25,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 TARGETS = config["targets"]
 DATASETS = config["datasets"]
 STUDY = config["study"]
-DRAWS = range(1, STUDY["draws"] + 1)
+DRAWS = STUDY["draws"]
 
-# A draw is a stand-in made of other documents: tiny-1, tiny-2, ... What was tuned on `tiny` is reported on its draws.
+# A draw is a stand-in made of other documents: tiny-11, tiny-12, ... What was tuned on `tiny` is reported on its draws.
 for draw in DRAWS:
     for name in [name for name, target in config["targets"].items() if target["stand_in"] and "-" not in name]:
         dataset = DATASETS[TARGETS[name]["dataset"]]

@@ -5,7 +5,7 @@ Reads   --draws DIR ...  results/<target>-<draw>: evaluation_results.jsonl of or
         --tuned          tuned.json, the strength chosen for each method
 Writes  --output         comparison.json: [{"system", "strength", "values": {part: [one a draw]}, "p": number or null}]
         --table          comparison.md: mean and standard deviation over the draws, sorted by final score
-Run     python -m pipeline.comparison --draws results/tiny-1 results/tiny-2 --methods npo sugd \\
+Run     python -m pipeline.comparison --draws results/tiny-11 results/tiny-12 --methods npo sugd \\
             --tuned results/tiny/methods/tuned.json --name tiny --output comparison.json --table comparison.md
 
 p is that of a two-sided paired t-test of ours against a system's final scores over the draws, not corrected for the

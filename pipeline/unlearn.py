@@ -67,8 +67,9 @@ COLUMNS = ("id", "input", "output", "task")
 CACHE_BYTES = 4 << 30  # a larger cache of activations lies in a file
 SAVING = 0.02  # the part of the time that may go into saving what a killed run goes on from
 AIM = 0.04  # log ratio of the losses of documents and mixtures: these know all their words, unseen documents do not
-NEAR = 0.1  # distance from the aim that is as good as none: three times the sd, from model to model, of where it is
-USUAL_SLOPE = 0.3  # of the log ratio against the log weight of the documents, as seen on small models
+NEAR = 0.02  # distance from the aim that is as good as none
+PULL = 0.2  # of the usual weight of the documents, since the ratio is not exact; see `calibrate`
+USUAL_SLOPE = 0.3 + PULL  # of how far off it is against the log weight of the documents, as seen on small models
 QUESTIONS = (
     "The following are multiple choice questions (with answers) about"  # the model goes on with subjects it knows
 )
@@ -616,12 +617,15 @@ def calibrate(
     The judge's attack tells members from non-members by their loss, so a forgotten document must end as surprising as
     one never seen, and no more. None of those is given. Mixtures stand for them (`mix`): before, they are far more
     surprising than the documents; the more the documents weigh, the more their own loss gains on that of the mixtures,
-    on which nothing is fitted. Far off is |log(loss of the documents / loss of the mixtures) - AIM|.
+    on which nothing is fitted. Far off is |log(loss of the documents / loss of the mixtures) - AIM|. That is not exact:
+    from model to model the ratio at which the attack fails varied by .035 (sd), and the weight that leads to it by a
+    seventh, so both count, each by its precision: PULL times the log of the weight over the usual one is added.
     """
     documents = [text for text in forget if is_document(text)]
     compared = settings.passes > 1  # with one pass there is nothing to decide
     mixtures = mix(tokenizer, documents, settings.seed) if compared else []
-    tried: list[tuple[float, float]] = []  # log weight, log ratio of the losses less the aim
+    usual = settings.documents
+    tried: list[tuple[float, float]] = []  # log weight, and how far off
     longest = 0.0
     for _ in range(settings.passes):
         begun = time.monotonic()
@@ -631,7 +635,8 @@ def calibrate(
             if mixtures
             else [1.0, math.exp(-AIM)]
         )
-        tried.append((math.log(settings.documents), math.log(losses[0] / losses[1]) - AIM))
+        ratio, weight = math.log(losses[0] / losses[1]), math.log(settings.documents)
+        tried.append((weight, ratio - AIM + PULL * (weight - math.log(usual))))
         yield abs(tried[-1][1]), matrices
         longest = max(longest, time.monotonic() - begun)
         if abs(tried[-1][1]) < NEAR or time.monotonic() + longest > deadline:
@@ -640,7 +645,7 @@ def calibrate(
 
 
 def next_weight(tried: list[tuple[float, float]]) -> float:
-    """Return the log weight at which the log ratio may be 0: by the secant through the last two, if there are two.
+    """Return the log weight that may be right: by the secant through the last two, if there are two.
 
     Before, and where the secant is flat or falls, which is noise, a usual slope is taken; no step is longer than 1.5.
     """

@@ -13,7 +13,7 @@ from tests.trust.checkout import Check, clean_copy, planned_outputs, said, start
 from tests.trust.edit_matrix import CONFIG, add_a_line, change, count, kept, modules_of, source_files
 
 STUDY: dict[str, Any] = {
-    "study.draws": 2,
+    "study.draws": [1, 2],
     "study.seeds": 2,
     "study.minutes": 5,
     "study.methods": ["npo_low_rank", "sugd"],
@@ -40,7 +40,7 @@ TABLES = {"data/sources.yaml": {"fetch_data", "model_card"}, "data/leaderboard.c
 # Settings: where in the configuration, the new value, the rules whose settings it is among, and a part of the names of
 # those jobs that have it. Jobs that there are only with it are found in the table.
 SETTINGS: dict[str, tuple[str, Any, set[str], str]] = {
-    "another draw": ("study.draws", 3, {"comparison"}, ""),
+    "another draw": ("study.draws", [1, 2, 3], {"comparison"}, ""),
     "another seed": ("study.seeds", 3, {"layers", "claims"}, ""),
     "minutes": ("study.minutes", 6, {"method"}, ""),
     "another method": ("study.methods", ["npo_low_rank", "sugd", "random_answer"], {"tune", "comparison"}, ""),
@@ -81,7 +81,7 @@ class Study:
         ]
         trials = [self.method("tiny", name, strength, "synthetic") for name in methods for strength in strengths]
         compared = [self.add(TUNE, "tune", *trials)]
-        for draw in range(1, self.settings["study.draws"] + 1):
+        for draw in self.settings["study.draws"]:
             target, data = f"tiny-{draw}", f"synthetic-{draw}"
             compared += self.target(target, data)[-2:]
             retrained = self.add(f"models/{target}/retrained", "retrain", *self.data(data), module="memorise")
