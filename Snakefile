@@ -9,6 +9,7 @@ import json
 import os
 from pathlib import Path
 
+from snakemake.exceptions import WorkflowError
 from snakemake.utils import validate
 
 from pipeline.lib.provenance import local_modules
@@ -26,6 +27,9 @@ TARGETS = config["targets"]
 DATASETS = config["datasets"]
 STUDY = config["study"]
 DRAWS = STUDY["draws"]
+for name, target in TARGETS.items():
+    if target["dataset"] not in DATASETS:
+        raise WorkflowError(f"config: targets.{name}.dataset is {target['dataset']}, not one of {', '.join(DATASETS)}")
 
 # A draw is a stand-in made of other documents: tiny-11, tiny-12, ... What was tuned on `tiny` is reported on its draws.
 for draw in DRAWS:

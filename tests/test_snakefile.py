@@ -164,7 +164,7 @@ def test_the_runs_of_a_sweep_share_one_job_and_leave_no_checkpoint(tmp_path: Pat
     assert counts == {"layer": 2 * 32 * 5, **measured, **once, "fetch_data": 2, "total": total}
     removed = re.findall(r"^Would remove temporary output (results/7b/layers/\S+[^.\s])", done.stdout, re.MULTILINE)
     runs = [f"{method}.{block}.{seed}" for method in ("rmu", "adaptive") for block in range(32) for seed in range(5)]
-    assert sorted(removed) == sorted(["results/7b/layers/inputs", *(f"results/7b/layers/{r}/checkpoint" for r in runs)])
+    assert sorted(removed) == sorted(f"results/7b/layers/{run}/checkpoint" for run in runs)
 
 
 def test_an_unknown_key_is_refused_by_its_name(made: Path):
@@ -177,6 +177,13 @@ def test_an_unknown_target_is_refused_by_its_name(made: Path):
     done = snakemake(made, "-n", "submissions/13b.zip")
     assert done.returncode != 0
     assert "submissions/13b.zip" in done.stdout + done.stderr
+
+
+def test_an_unknown_dataset_is_refused_by_its_name(tmp_path: Path):
+    (tmp_path / "config.yaml").write_text("targets: {tiny: {dataset: sintetic}}")
+    done = snakemake(ROOT, "-n", "submissions/tiny.zip", "--configfile", str(tmp_path / "config.yaml"))
+    assert done.returncode != 0
+    assert "targets.tiny.dataset is sintetic, not one of synthetic, sample, " in done.stdout + done.stderr
 
 
 def test_lint_finds_nothing_but_the_missing_environments():
