@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.lib import generation
-from pipeline.lib.generation import complete, decode, greedy, looped
+from pipeline.lib.generation import complete, decode, greedy
 from pipeline.lib.models import encode, load_model, load_tokenizer
 
 PROMPTS = [
@@ -35,10 +35,10 @@ def ids(tokenizer):
     return [encode(tokenizer, prompt) for prompt in PROMPTS]
 
 
-def alone(model, ids, stop, new=NEW):
+def alone(model, ids, stop):
     """What transformers writes; with no stop token, none of its own either."""
     config = {"eos_token_id": stop, "pad_token_id": 1}
-    out = model.generate(torch.tensor([ids]), max_new_tokens=new, do_sample=False, **config)
+    out = model.generate(torch.tensor([ids]), max_new_tokens=NEW, do_sample=False, **config)
     return out[0, len(ids) :].tolist()
 
 
@@ -108,25 +108,6 @@ def test_a_right_draft_costs_one_pass_and_a_wrong_one_the_steps_after_its_error(
     widths, found = steps(model, lambda: greedy(model, ids[:1], NEW, set(), drafts=[draft]))
     assert found == [said[0]]
     assert widths == [len(ids[0]) + 11] + [1] * (NEW - 11)
-
-
-def test_a_text_in_a_loop_is_written_in_one_pass(model, ids, monkeypatch):
-    monkeypatch.setattr(generation, "STEPS", 9)
-    long = [alone(model, row, None, 200) for row in ids]
-    assert greedy(model, ids, 200, set()) == long
-    looks = range(10, 200, 10)  # a pass and nine steps
-    look, place = next((look, n) for look in looks for n, own in enumerate(long) if looped(own[:look]))
-    widths, found = steps(model, lambda: greedy(model, [ids[place]], 200, set()))
-    assert found == [long[place]]
-    assert widths[look] == len(ids[place]) + 200  # all that is left, at once
-    assert len(widths) < 200
-
-
-def test_a_loop_is_what_stands_three_times_at_the_end():
-    assert looped([1, 2, 3]) == looped([7, 7]) == looped([5, 1, 2, 1, 2]) == []
-    assert looped([9, 7, 7, 7]) == [7]
-    assert looped([1, 4, 1, 2, 1, 2, 1, 2]) == [1, 2]
-    assert looped([*range(17)] * 3) == []
 
 
 def test_rows_that_do_not_fit_into_the_cache_together_are_written_in_turn(model, ids, expected, stop, monkeypatch):

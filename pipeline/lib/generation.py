@@ -5,8 +5,7 @@ In float32 every row is written as it would be alone, whatever shares its batch.
 
 A draft is what a row may be expected to be. One pass over prompt and draft tells how much of it the model writes
 itself, token by token: a row that recites its text costs one pass and no step. (Verification as in speculative
-decoding, arXiv 2211.17192, here greedy, with a known text in the place of a small model's.) A text that has come to
-repeat itself, as unlearned models do, is drafted to go on so.
+decoding, arXiv 2211.17192, here greedy, with a known text in the place of a small model's.)
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +22,6 @@ from pipeline.lib.models import Model, Tokenizer, encode
 
 CACHE_BYTES = {"cpu": 1 << 30}  # keys and values of the rows that are written together
 ACCELERATOR_CACHE_BYTES = 8 << 30
-STEPS = 48  # after so many, what is written is looked at for a loop
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ def greedy(
     alone, since a pass over many tokens and one over the last round differently, which decides more in bfloat16.
     """
     exact = model.dtype == torch.float32
-    guesses = [draft[:max_new_tokens] if exact else [] for draft in drafts or [[]] * len(prompts)]
+    given = [draft[:max_new_tokens] if exact else [] for draft in drafts or [[]] * len(prompts)]
     room = CACHE_BYTES.get(model.device.type, ACCELERATOR_CACHE_BYTES)
     found: list[Tokens] = [[] for _ in prompts]
     group: list[Row] = []
@@ -113,43 +111,30 @@ def greedy(
         return not group or (size <= room and (exact or row.length == group[0].length))
 
     def write() -> None:
-        written = finish(model, group, max_new_tokens, ended, STEPS if exact else max_new_tokens)
-        for row, tokens in zip(group, written, strict=True):
+        for row, tokens in zip(group, finish(model, group, max_new_tokens, ended), strict=True):
             found[row.number] = tokens
+        progress.update(len(group))
         group.clear()
 
     with tqdm(total=len(prompts), desc="completions", mininterval=2) as progress:
-        going = list(range(len(prompts)))
-        while going:
-            starts = [prompts[n] + found[n] for n in going]
-            sizes = [len(start) + len(guesses[n]) for n, start in zip(going, starts, strict=True)]
-            for places in batches(sizes, batch_tokens or usual_batch(model), equal=not exact):
-                numbers = [going[place] for place in places]
-                begun, states = read(model, [starts[place] for place in places], [guesses[n] for n in numbers])
-                for place, (number, chosen) in enumerate(zip(numbers, begun, strict=True)):
-                    tokens = (found[number] + chosen)[:max_new_tokens]
-                    last = next((n for n, token in enumerate(tokens) if token in stop), len(tokens) - 1)
-                    found[number] = tokens[: last + 1]
-                    if not ended(number, found[number]):
-                        seen = len(prompts[number]) + len(tokens) - 1
-                        row = Row(number, tokens, torch.stack([part[place, :, :seen] for part in states]))
-                        if not fits(row):
-                            write()
-                        group.append(row)
-            if group:
-                write()
-            before = len(going)
-            going = [number for number in going if not ended(number, found[number])]
-            for number in going:
-                guesses[number] = (looped(found[number]) * max_new_tokens)[: max_new_tokens - len(found[number])]
-            progress.update(before - len(going))
+        sizes = [len(prompt) + len(draft) for prompt, draft in zip(prompts, given, strict=True)]
+        for numbers in batches(sizes, batch_tokens or usual_batch(model), equal=not exact):
+            begun, states = read(model, [prompts[n] for n in numbers], [given[n] for n in numbers])
+            for place, (number, chosen) in enumerate(zip(numbers, begun, strict=True)):
+                tokens = chosen[:max_new_tokens]
+                last = next((n for n, token in enumerate(tokens) if token in stop), len(tokens) - 1)
+                found[number] = tokens[: last + 1]
+                if ended(number, found[number]):
+                    progress.update()
+                    continue
+                seen = len(prompts[number]) + len(tokens) - 1
+                row = Row(number, tokens, torch.stack([part[place, :, :seen] for part in states]))
+                if not fits(row):
+                    write()
+                group.append(row)
+        if group:
+            write()
     return found
-
-
-def looped(tokens: Tokens, longest: int = 16) -> Tokens:
-    """Return the shortest piece, up to `longest` tokens, that stands at the end three times in a row, or nothing."""
-    pieces = (tokens[-length:] for length in range(1, longest + 1))
-    return next((piece for piece in pieces if piece * 3 == tokens[-3 * len(piece) :]), [])
 
 
 def read(model: Model, prompts: Sequence[Tokens], drafts: Sequence[Tokens]) -> tuple[list[Tokens], list[Tensor]]:
@@ -172,9 +157,9 @@ def read(model: Model, prompts: Sequence[Tokens], drafts: Sequence[Tokens]) -> t
 
 
 def finish(
-    model: Model, group: Sequence[Row], max_new_tokens: int, ended: Callable[[int, Tokens], bool], steps: int
+    model: Model, group: Sequence[Row], max_new_tokens: int, ended: Callable[[int, Tokens], bool]
 ) -> list[Tokens]:
-    """Return all that is written on each row, a token a step on all rows together, or what is after `steps`.
+    """Return all that is written on each row, a token a step on all rows together.
 
     The rows' keys and values are moved flush right, so that each step writes at one place. Rows that have ended stay in
     the batch, unheard, until they are a quarter of it: taking them out copies the others.
@@ -193,7 +178,7 @@ def finish(
     padded = any(row.length < start for row in group)
     batch, over = list(range(len(group))), set[int]()
     cache = rooms(states, start)
-    for _ in range(steps):
+    while True:
         filled = cache.get_seq_length()
         logits = model(
             input_ids=torch.tensor([[written[n][-1]] for n in batch], device=model.device),
@@ -209,11 +194,10 @@ def finish(
                     over.add(n)
         going = [place for place, n in enumerate(batch) if n not in over]
         if not going:
-            break
+            return written
         if len(going) <= 0.75 * len(batch):
             batch, hidden = [batch[place] for place in going], hidden[going]
             for part in states:
                 part[: len(going), :, : filled + 1] = part[going, :, : filled + 1]
             states = [part[: len(going)] for part in states]
             cache = rooms(states, filled + 1)
-    return written
