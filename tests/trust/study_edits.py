@@ -143,8 +143,12 @@ class Study:
         return self.add(f"{folder}/evaluation_results.jsonl", "score", completions, membership, mmlu)
 
     def downstream(self, jobs: set[str]) -> set[str]:
-        """The jobs and all that, directly or not, read what they write."""
-        reached = set(jobs)
+        """The jobs and all that, directly or not, read what they write.
+
+        A checkpoint of the sweep goes when it has been measured: whatever reads it again needs it made again.
+        """
+        gone = {read for name in jobs for read in self.jobs[name].reads if self.jobs[read].rule == "layer"}
+        reached = jobs | gone
         for name, job in self.jobs.items():
             if reached.intersection(job.reads):
                 reached.add(name)
