@@ -297,6 +297,29 @@ def test_calibration_weighs_documents_less_while_they_are_more_surprising_than_m
     assert len(list(submission.calibrate(*arguments, SOLVED, -math.inf))) == 1  # out of time
 
 
+def test_how_far_off_counts_the_losses_and_the_usual_weight(
+    checkpoint: Path, forget, retain, monkeypatch: pytest.MonkeyPatch
+):
+    weights, solve = [], submission.solve
+
+    def spy(decoder, forget, retain, general, settings, *rest):
+        weights.append(settings.documents)
+        return solve(decoder, forget, retain, general, settings, *rest)
+
+    monkeypatch.setattr(submission, "solve", spy)
+    monkeypatch.setattr(submission, "AIM", 0.5)
+    decoder, tokenizer = Decoder(checkpoint, torch.float32), load_tokenizer(checkpoint)
+    settings = dataclasses.replace(SOLVED, passes=3)
+    found = list(submission.calibrate(decoder, tokenizer, forget, retain, [], settings, math.inf))
+    assert len(set(weights)) == 3
+    attacked = [text for text in forget if text.task == "Task3" and text.id[-3:-1] == "sc"]
+    mixtures = submission.mix(tokenizer, attacked, settings.seed)
+    for weight, (distance, matrices) in zip(weights, found, strict=True):
+        losses = [submission.mean_loss(decoder, matrices, texts) for texts in (attacked, mixtures)]
+        off = math.log(losses[0] / losses[1]) - 0.5 + submission.PULL * math.log(weight / settings.documents)
+        assert distance == pytest.approx(abs(off), abs=1e-6)
+
+
 def test_without_documents_of_the_attack_it_is_solved_once(checkpoint: Path, forget, retain, documents):
     rest = [text for text in forget if text not in documents]
     arguments = (Decoder(checkpoint, torch.float32), load_tokenizer(checkpoint), rest, retain, [])
