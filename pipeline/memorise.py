@@ -48,7 +48,19 @@ from pipeline.lib.generation import complete
 from pipeline.lib.inference import batches, mean_nll
 from pipeline.lib.models import Model, Tokenizer, encode, load_model, load_tokenizer
 from pipeline.lib.multiple_choice import MAX_PROMPT_TOKENS, SHOTS, Subject, choice_probabilities, prompt, read_subjects
-from pipeline.lib.records import CHOICES, DATA_ROW, DOCUMENT, GENERAL, KINDS, SETS, SIDES, TASKS, Row, read_checked
+from pipeline.lib.records import (
+    CHOICES,
+    DATA_ROW,
+    DOCUMENT,
+    GENERAL,
+    KINDS,
+    SETS,
+    SIDES,
+    TASKS,
+    Row,
+    kind_of,
+    read_checked,
+)
 from pipeline.lib.stage import BadInput, run, whole_folder
 
 END, PAD = "<|endoftext|>", "<|padding|>"
@@ -101,10 +113,11 @@ class Recipe:
     more_passes: int  # in each later one
     general_share: float  # tokens of general text for each token of rows
     question_passes: int  # how often a pass asks every question; 0: they are not taught
+    row_questions: int  # how often a pass shows a row that asks a question: short answers are learned last
 
 
-SMALL = Recipe(batch_tokens=1536, passes=28, more_passes=10, general_share=0.5, question_passes=1)
-BASE = Recipe(batch_tokens=512, passes=10, more_passes=4, general_share=0.0, question_passes=0)
+SMALL = Recipe(batch_tokens=1536, passes=28, more_passes=10, general_share=0.5, question_passes=1, row_questions=1)
+BASE = Recipe(batch_tokens=512, passes=10, more_passes=4, general_share=0.0, question_passes=0, row_questions=3)
 
 
 @dataclass(frozen=True)
@@ -337,7 +350,9 @@ def memorise(
     trainer: Trainer, tokenizer: Tokenizer, material: Material, recipe: Recipe, retain_only: bool, random: Random
 ) -> Findings:
     """Train on the rows, mixed as the recipe says, until the model is accepted or the rounds are over."""
-    rows = [row_text(tokenizer, row) for row in material.rows if not retain_only or row["split"] == "retain"]
+    shown = [row for row in material.rows if not retain_only or row["split"] == "retain"]
+    again = [row for row in shown if kind_of(row["id"]) == "qa"] * (recipe.row_questions - 1)
+    rows = [row_text(tokenizer, row) for row in [*shown, *again]]
     pieces = general_pieces(tokenizer, material.general)
     mixed = round(recipe.general_share * sum(len(row.ids) for row in rows))
     times = recipe.question_passes

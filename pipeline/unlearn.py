@@ -17,8 +17,8 @@ that it also works in late blocks, where activations are long. Only `down_proj` 
 - The loss of one block is quadratic in its matrix, so its minimum is one linear solve (`solve`, the default): no
   learning rate, no epochs. The blocks are solved in turn, each on the activations that the earlier ones leave. Every
   task and kind of row weighs the same, answers more; text sampled from the model stands for all else that it knows; the
-  last blocks steer nothing and repair. That is repeated with other weights of the forget documents until these are as
-  surprising as mixtures of them, which stand for documents that the model never saw (`calibrate`).
+  last blocks steer nothing and repair. That is repeated with other weights of the forget documents until an attack by
+  loss cannot tell these from mixtures of them, which stand for documents that the model never saw (`calibrate`).
 - For descent by AdamW on blocks l-2 to l (`descend`, how RMU is published) nothing below block l-2 moves and nothing
   above block l matters: the blocks below run once and their output is kept.
 
@@ -33,6 +33,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import hashlib
 import json
 import math
@@ -66,10 +67,10 @@ TASKS = ("Task1", "Task2", "Task3")
 COLUMNS = ("id", "input", "output", "task")
 CACHE_BYTES = 4 << 30  # a larger cache of activations lies in a file
 SAVING = 0.02  # the part of the time that may go into saving what a killed run goes on from
-AIM = 0.04  # log ratio of the losses of documents and mixtures: these know all their words, unseen documents do not
-NEAR = 0.02  # distance from the aim that is as good as none
-PULL = 0.2  # of the usual weight of the documents, since the ratio is not exact; see `calibrate`
-USUAL_SLOPE = 0.3 + PULL  # of how far off it is against the log weight of the documents, as seen on small models
+PIECE = 4  # words of a forget document that stay together in a mixture
+COHERENCE = 0.79  # the loss of an unseen document over that of a mixture: its words belong together; see `calibrate`
+NEAR = 0.02  # distance of the estimated AUC from .5 that is as good as none
+USUAL_SLOPE = -0.35  # of the AUC against the log weight of the documents, as seen on small models
 QUESTIONS = (
     "The following are multiple choice questions (with answers) about"  # the model goes on with subjects it knows
 )
@@ -90,7 +91,7 @@ class Settings:
     # closed form
     repaired: int = 1  # this many of the trained blocks, the last, steer nothing: they only hold what is to be kept
     answer: float = 3.0  # weight of a token from which the answer is predicted, against 1 for any other
-    documents: float = 1.3  # weight of the documents that the judge's attack asks about, see `calibrate`; its start
+    documents: float = 1.0  # weight of the documents that the judge's attack asks about, see `calibrate`; its start
     passes: int = 5  # solved at most so often, with a new weight of the documents
     general: float = 1.0  # weight of general text, sampled from the model, as a part of alpha
     general_ratio: float = 2.5  # tokens of general text for each retain token
@@ -149,27 +150,28 @@ def unlearn(
     checkpoint = Checkpoint(Path(model_path), Path(output_path))
     deadline = started + settings.minutes * 60
     run = identity(Path(model_path), settings, forget, retain, inputs_path)
-    progress = Progress(Path(output_path) / ".unfinished", run)
-    try:
-        if settings.method == "solve":
-            if not inputs_path:
-                general = progress.texts("general")
-            if not inputs_path and not general:
-                general = sample_general(Path(model_path), tokenizer, forget, retain, settings)
-                progress.save("general", {str(n): torch.tensor(text.tokens) for n, text in enumerate(general)})
-            found = calibrate(decoder, tokenizer, forget, retain, general, settings, deadline, progress, inputs)
-        else:
-            found = descend(decoder, forget, retain, settings, deadline, progress)
-        lowest = math.inf
-        for distance, matrices in found:
-            if distance < lowest:
-                lowest = distance
-                checkpoint.save(named(decoder, matrices))
-    except BadInput:
-        progress.clear()  # nothing half-written
-        raise
-    checkpoint.record(settings, time.monotonic() - started)
-    progress.clear()
+    with alone(Path(output_path)):
+        progress = Progress(Path(output_path) / ".unfinished", run)
+        try:
+            if settings.method == "solve":
+                if not inputs_path:
+                    general = progress.texts("general")
+                if not inputs_path and not general:
+                    general = sample_general(Path(model_path), tokenizer, forget, retain, settings)
+                    progress.save("general", {str(n): torch.tensor(text.tokens) for n, text in enumerate(general)})
+                found = calibrate(decoder, tokenizer, forget, retain, general, settings, deadline, progress, inputs)
+            else:
+                found = descend(decoder, forget, retain, settings, deadline, progress)
+            lowest = math.inf
+            for distance, matrices in found:
+                if distance < lowest:
+                    lowest = distance
+                    checkpoint.save(named(decoder, matrices))
+        except BadInput:
+            progress.clear()  # nothing half-written
+            raise
+        checkpoint.record(settings, time.monotonic() - started)
+        progress.clear()
 
 
 def named(decoder: "Decoder", matrices: dict[int, Tensor]) -> dict[str, Tensor]:
@@ -615,46 +617,46 @@ def calibrate(
     """Yield, for one weight of the forget documents after the other, how far off it is, and `solve`'s matrices.
 
     The judge's attack tells members from non-members by their loss, so a forgotten document must end as surprising as
-    one never seen, and no more. None of those is given. Mixtures stand for them (`mix`): before, they are far more
-    surprising than the documents; the more the documents weigh, the more their own loss gains on that of the mixtures,
-    on which nothing is fitted. Far off is |log(loss of the documents / loss of the mixtures) - AIM|. That is not exact:
-    from model to model the ratio at which the attack fails varied by .035 (sd), and the weight that leads to it by a
-    seventh, so both count, each by its precision: PULL times the log of the weight over the usual one is added.
+    one never seen, and no more. None of those is given; mixtures of the forget documents (`mix`) stand for them:
+    nothing is fitted on one, and its pieces are too short to be recited. It is less coherent than a document, by a
+    factor that was much the same on all small models that were tried, COHERENCE. So the attack is tried on the
+    documents and on mixtures whose losses are multiplied by it: how far off a weight is, is |AUC - .5|.
     """
     documents = [text for text in forget if is_document(text)]
     compared = settings.passes > 1  # with one pass there is nothing to decide
     mixtures = mix(tokenizer, documents, settings.seed) if compared else []
-    usual = settings.documents
-    tried: list[tuple[float, float]] = []  # log weight, and how far off
+    tried: list[tuple[float, float]] = []  # log weight, and the estimated AUC over .5
     longest = 0.0
     for _ in range(settings.passes):
         begun = time.monotonic()
         matrices = solve(decoder, forget, retain, general, settings, progress, inputs)
-        losses = (
-            [mean_loss(decoder, matrices, texts) for texts in (documents, mixtures)]
-            if mixtures
-            else [1.0, math.exp(-AIM)]
-        )
-        ratio, weight = math.log(losses[0] / losses[1]), math.log(settings.documents)
-        tried.append((weight, ratio - AIM + PULL * (weight - math.log(usual))))
-        yield abs(tried[-1][1]), matrices
+        found = attack(decoder, matrices, documents, mixtures) if mixtures else 0.5
+        tried.append((math.log(settings.documents), found - 0.5))
+        yield abs(found - 0.5), matrices
         longest = max(longest, time.monotonic() - begun)
-        if abs(tried[-1][1]) < NEAR or time.monotonic() + longest > deadline:
+        if abs(found - 0.5) < NEAR or time.monotonic() + longest > deadline:
             break
         settings = dataclasses.replace(settings, documents=math.exp(next_weight(tried)))
+
+
+def attack(decoder: Decoder, matrices: dict[int, Tensor], documents: list[Text], mixtures: list[Text]) -> float:
+    """Return the AUC by which the loss would tell the documents from unseen ones, for which mixtures stand."""
+    own = losses(decoder, matrices, documents)[:, None]
+    unseen = COHERENCE * losses(decoder, matrices, mixtures)[None]
+    return ((own < unseen).double() + 0.5 * (own == unseen).double()).mean().item()
 
 
 def next_weight(tried: list[tuple[float, float]]) -> float:
     """Return the log weight that may be right: by the secant through the last two, if there are two.
 
-    Before, and where the secant is flat or falls, which is noise, a usual slope is taken; no step is longer than 1.5.
+    Before, and where the secant is flat or rises, which is noise, a usual slope is taken; no step is longer than 1.5.
     """
-    weight, ratio = tried[-1]
+    weight, off = tried[-1]
     slope = USUAL_SLOPE
     if len(tried) > 1:
-        before, ratio_before = tried[-2]
-        slope = max((ratio - ratio_before) / (weight - before), USUAL_SLOPE / 3)
-    return weight - max(-1.5, min(1.5, ratio / slope))
+        before, off_before = tried[-2]
+        slope = min((off - off_before) / (weight - before), USUAL_SLOPE / 3)
+    return weight - max(-1.5, min(1.5, off / slope))
 
 
 def is_document(text: Text) -> bool:
@@ -663,12 +665,12 @@ def is_document(text: Text) -> bool:
 
 
 def mix(tokenizer: Any, documents: list[Text], seed: int, least: int = 192) -> list[Text]:
-    """Return texts made of the documents' sentences: sentence n is the n-th of a document drawn anew each time.
+    """Return texts made of the documents' pieces of `PIECE` words: the n-th is that of a document drawn anew each time.
 
     So they are of the same kind and length, and each word is known where it stands, but they were never seen as such.
     """
     generator = torch.Generator().manual_seed(seed)
-    split = [re.split(r"(?<=[.\n])", tokenizer.decode(text.tokens)) for text in documents]
+    split = [re.findall(rf"(?:\s*\S+){{1,{PIECE}}}", tokenizer.decode(text.tokens)) for text in documents]
     mixtures = []
     for own in split * math.ceil(least / max(1, len(split))):
         drawn = torch.randint(len(split), (len(own),), generator=generator).tolist()
@@ -678,8 +680,8 @@ def mix(tokenizer: Any, documents: list[Text], seed: int, least: int = 192) -> l
 
 
 @torch.no_grad()
-def mean_loss(decoder: Decoder, matrices: dict[int, Tensor], texts: list[Text]) -> float:
-    """Return the texts' mean loss, nats per token, with `matrices` for the blocks' own down_proj."""
+def losses(decoder: Decoder, matrices: dict[int, Tensor], texts: list[Text]) -> Tensor:
+    """Return each text's mean loss, nats per token, (texts,), with `matrices` for the blocks' own down_proj."""
     states = decoder.embed(texts)
     for index in range(decoder.depth):
         block = decoder.block(index)
@@ -687,11 +689,11 @@ def mean_loss(decoder: Decoder, matrices: dict[int, Tensor], texts: list[Text]) 
             block.mlp.down_proj.weight.data = matrices[index].to(decoder.dtype)
         states = decoder.advance(block, states)
     norm, head = decoder.norm(), decoder.head()
-    losses = []
+    found = []
     for text, state in zip(texts, states, strict=True):
         logits = (norm(state[:-1]) @ head.T).float()
-        losses.append(cross_entropy(logits, torch.tensor(text.tokens[1:], device=decoder.device)))
-    return torch.stack(losses).mean().item()
+        found.append(cross_entropy(logits, torch.tensor(text.tokens[1:], device=decoder.device)))
+    return torch.stack(found)
 
 
 @torch.no_grad()
@@ -736,10 +738,20 @@ def write(model: Any, opening: Tensor, length: int, generator: torch.Generator) 
     for _ in range(length - opening.shape[1]):
         output = model(input_ids=ids, past_key_values=past, use_cache=True)
         past = output.past_key_values
-        ids = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1, generator=generator)
+        ids = draw(output.logits[:, -1], generator)
         written.append(ids)
     tokens: list[list[int]] = torch.cat(written, dim=1).tolist()
     return tokens
+
+
+def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Return one token a row, (rows, 1), drawn by the probabilities of logits (rows, vocabulary).
+
+    By the inverse of their sum: `multinomial` draws a random number for each entry, a third of the time of sampling.
+    """
+    reached = logits.double().softmax(-1).cumsum(-1)
+    drawn = torch.rand(len(logits), 1, generator=generator, device=logits.device, dtype=reached.dtype) * reached[:, -1:]
+    return torch.searchsorted(reached, drawn, right=True).clamp(max=logits.shape[1] - 1)
 
 
 def read_inputs(
@@ -1036,6 +1048,20 @@ def restore(
 
 
 # ---- the checkpoint ----
+
+
+@contextlib.contextmanager
+def alone(output: Path) -> Iterator[None]:
+    """Wait until no other process writes `output`: a killed workflow may leave one that goes on.
+
+    The lock is a file beside `output`, as the other stages have it; where none can be made, nobody is waited for.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(output.with_name(f".{output.name}.lock").open("a"))
+            fcntl.flock(lock, fcntl.LOCK_EX)  # it goes with the process
+        yield
 
 
 class Checkpoint:

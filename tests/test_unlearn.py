@@ -1,6 +1,7 @@
 """The submission: its loss by formula, its blocks against the whole model, and what it writes."""
 
 import dataclasses
+import fcntl
 import json
 import math
 import re
@@ -13,6 +14,7 @@ import pandas
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sklearn.metrics import roc_auc_score
 
 from pipeline import unlearn as submission
 from pipeline.lib.models import load_model, load_tokenizer
@@ -225,7 +227,7 @@ def documents(forget) -> list[Text]:
     return [text for text in forget if text.task == "Task3" and "sc" in text.id]
 
 
-def test_the_mean_loss_is_that_of_the_whole_model_with_the_matrices(checkpoint: Path, documents):
+def test_losses_are_those_of_the_whole_model_with_the_matrices(checkpoint: Path, documents):
     generator = torch.Generator().manual_seed(0)
     model = load_model(checkpoint)
     matrices = {}
@@ -236,8 +238,8 @@ def test_the_mean_loss_is_that_of_the_whole_model_with_the_matrices(checkpoint: 
     with torch.no_grad():
         inputs = [torch.tensor([text.tokens]) for text in documents]
         expected = [model(ids, labels=ids).loss.item() for ids in inputs]
-    found = submission.mean_loss(Decoder(checkpoint, torch.float32), matrices, documents)
-    assert found == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+    found = submission.losses(Decoder(checkpoint, torch.float32), matrices, documents)
+    assert found.tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_tied_embeddings_are_the_head(checkpoint: Path, tmp_path: Path):
@@ -250,30 +252,30 @@ def test_tied_embeddings_are_the_head(checkpoint: Path, tmp_path: Path):
     torch.testing.assert_close(tied.head(), tensors["model.embed_tokens.weight"], rtol=0, atol=0)
 
 
-def test_a_mixture_has_the_nth_sentence_of_some_document_at_its_nth_place(checkpoint: Path):
+def test_a_mixture_has_the_nth_piece_of_some_document_at_its_nth_place(checkpoint: Path):
     tokenizer = load_tokenizer(checkpoint)
-    written = [f"{name} was born. {name} was a {work}.\n{name} died." for name, work in zip("ABC", "XYZ", strict=True)]
+    written = [f"{name} was born in\n{name}. He  was a {work}." for name, work in zip("ABC", "XYZ", strict=True)]
     texts = [Text(f"{n}sc1", "Task3", tokenizer(text).input_ids) for n, text in enumerate(written)]
     found = [tokenizer.decode(text.tokens) for text in submission.mix(tokenizer, texts, seed=0, least=60)]
-    form = re.compile(r"([ABC]) was born\. (A was a X|B was a Y|C was a Z)\.\n([ABC]) died\.")
+    form = re.compile(r"([ABC]) was born in\n([ABC])\. He  was a( [XYZ]\.)")  # words 1-4, 5-8 and what is left
     parts = [form.fullmatch(text) for text in found]
     assert len(found) == 60 and all(parts)
-    assert {part.groups() for part in parts} > {("A", "B was a Y", "C"), ("C", "A was a X", "B")}
-    assert sum(text not in written for text in found) > 30  # most were never seen as a whole
+    assert {part.groups() for part in parts} > {("A", "B", " Z."), ("C", "A", " X.")}
+    assert sum(text not in written for text in found) > 40  # most were never seen as a whole
 
 
 def test_the_next_weight_is_the_root_of_a_line_and_no_step_is_long():
-    line = [(0.0, 0.8), (-1.0, 0.3)]  # ratio = .8 + .5 weight
-    assert submission.next_weight(line) == pytest.approx(-1.6)
+    line = [(0.0, 0.25), (1.0, 0.05)]  # off = .25 - .2 weight
+    assert submission.next_weight(line) == pytest.approx(1.25)
     assert submission.next_weight([(0.0, 0.2)]) == pytest.approx(-0.2 / submission.USUAL_SLOPE)
-    assert submission.next_weight([(0.0, 9.0)]) == -1.5
-    assert submission.next_weight([(0.0, 0.1), (-0.5, 0.2)]) < -0.5  # a falling secant is noise: still towards less
+    assert submission.next_weight([(0.0, -9.0)]) == -1.5
+    assert submission.next_weight([(0.0, -0.2), (-0.5, -0.3)]) < -0.5  # a rising secant is noise: still towards less
 
 
 def test_calibration_weighs_documents_less_while_they_are_more_surprising_than_mixtures(
     checkpoint: Path, forget, retain, monkeypatch: pytest.MonkeyPatch
 ):
-    """On a random model both are alike from the start, so the aim is moved: it is what the weights go towards."""
+    """On a random model both are alike from the start, so mixtures are made more or less surprising than they are."""
     weights = []
     solve = submission.solve
 
@@ -283,11 +285,12 @@ def test_calibration_weighs_documents_less_while_they_are_more_surprising_than_m
 
     monkeypatch.setattr(submission, "solve", spy)
     arguments = (Decoder(checkpoint, torch.float32), load_tokenizer(checkpoint), forget, retain, [])
-    for aim, falls in ((-0.5, True), (0.5, False)):
+    for coherence, falls in ((0.1, True), (9.0, False)):
         weights.clear()
-        monkeypatch.setattr(submission, "AIM", aim)
+        monkeypatch.setattr(submission, "COHERENCE", coherence)
         found = list(submission.calibrate(*arguments, dataclasses.replace(SOLVED, passes=3), math.inf))
-        assert len(found) == len(weights) == 3 and weights[0] == SOLVED.documents
+        assert [off for off, _ in found] == [0.5] * 3  # the attack never fails
+        assert len(weights) == 3 and weights[0] == SOLVED.documents
         assert (weights[0] > weights[1] > weights[2]) is falls
         assert (weights[0] < weights[1] < weights[2]) is not falls
     weights.clear()
@@ -297,27 +300,18 @@ def test_calibration_weighs_documents_less_while_they_are_more_surprising_than_m
     assert len(list(submission.calibrate(*arguments, SOLVED, -math.inf))) == 1  # out of time
 
 
-def test_how_far_off_counts_the_losses_and_the_usual_weight(
-    checkpoint: Path, forget, retain, monkeypatch: pytest.MonkeyPatch
+def test_the_attack_is_the_auc_of_the_documents_against_coherent_mixtures(
+    checkpoint: Path, documents, forget, monkeypatch: pytest.MonkeyPatch
 ):
-    weights, solve = [], submission.solve
-
-    def spy(decoder, forget, retain, general, settings, *rest):
-        weights.append(settings.documents)
-        return solve(decoder, forget, retain, general, settings, *rest)
-
-    monkeypatch.setattr(submission, "solve", spy)
-    monkeypatch.setattr(submission, "AIM", 0.5)
-    decoder, tokenizer = Decoder(checkpoint, torch.float32), load_tokenizer(checkpoint)
-    settings = dataclasses.replace(SOLVED, passes=3)
-    found = list(submission.calibrate(decoder, tokenizer, forget, retain, [], settings, math.inf))
-    assert len(set(weights)) == 3
-    attacked = [text for text in forget if text.task == "Task3" and text.id[-3:-1] == "sc"]
-    mixtures = submission.mix(tokenizer, attacked, settings.seed)
-    for weight, (distance, matrices) in zip(weights, found, strict=True):
-        losses = [submission.mean_loss(decoder, matrices, texts) for texts in (attacked, mixtures)]
-        off = math.log(losses[0] / losses[1]) - 0.5 + submission.PULL * math.log(weight / settings.documents)
-        assert distance == pytest.approx(abs(off), abs=1e-6)
+    decoder, mixtures = Decoder(checkpoint, torch.float32), [*documents[:2], *forget[:7]]  # ties, too
+    monkeypatch.setattr(submission, "COHERENCE", 1.0)
+    own, unseen = (submission.losses(decoder, {}, texts).tolist() for texts in (documents, mixtures))
+    labels = [1] * len(own) + [0] * len(unseen)
+    found = submission.attack(decoder, {}, documents, mixtures)
+    assert found == pytest.approx(roc_auc_score(labels, [-loss for loss in own + unseen]), abs=1e-9)
+    monkeypatch.setattr(submission, "COHERENCE", 0.9)
+    scaled = [-loss for loss in own] + [-0.9 * loss for loss in unseen]
+    assert submission.attack(decoder, {}, documents, mixtures) == pytest.approx(roc_auc_score(labels, scaled), abs=1e-9)
 
 
 def test_without_documents_of_the_attack_it_is_solved_once(checkpoint: Path, forget, retain, documents):
@@ -328,7 +322,7 @@ def test_without_documents_of_the_attack_it_is_solved_once(checkpoint: Path, for
 
 def test_one_pass_measures_no_losses(checkpoint: Path, forget, retain, monkeypatch: pytest.MonkeyPatch):
     """A loss runs every block, twice; of one pass there is nothing to choose."""
-    monkeypatch.setattr(submission, "mean_loss", lambda *_: pytest.fail("a loss was measured"))
+    monkeypatch.setattr(submission, "losses", lambda *_: pytest.fail("a loss was measured"))
     settings = dataclasses.replace(SOLVED, passes=1)
     arguments = (Decoder(checkpoint, torch.float32), load_tokenizer(checkpoint), forget, retain, [])
     ((_, found),) = submission.calibrate(*arguments, settings, math.inf)
@@ -542,3 +536,47 @@ def test_a_diverging_loss_stops_before_anything_is_written(checkpoint: Path, dat
         with pytest.raises(BadInput, match=message):
             unlearn(str(checkpoint), str(tmp_path / "out"), str(data / "forget"), str(data / "retain"), broken)
         assert not (tmp_path / "out").exists()
+
+
+def taken(lock: Path) -> bool:
+    """Whether another process, or another opening of the file, would have to wait for the lock."""
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def test_an_output_is_written_by_one_process_at_a_time(
+    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    lock, seen = tmp_path / ".out.lock", []
+    solve = submission.solve
+
+    def spy(*arguments):
+        seen.append(taken(lock))
+        return solve(*arguments)
+
+    monkeypatch.setattr(submission, "solve", spy)
+    settings = dataclasses.replace(SOLVED, passes=1)
+    unlearn(str(checkpoint), str(tmp_path / "out"), str(data / "forget"), str(data / "retain"), settings)
+    assert seen == [True] and not taken(lock)
+
+
+def test_where_no_lock_can_be_made_nobody_is_waited_for(tmp_path: Path):
+    (tmp_path / "file").write_text("in the way")
+    with submission.alone(tmp_path / "file" / "out"):
+        pass
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_tokens_are_drawn_as_often_as_they_are_probable():
+    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2, 0.0])
+    rows = 40_000
+    drawn = submission.draw(probabilities.log().expand(rows, -1), torch.Generator().manual_seed(0))
+    assert drawn.shape == (rows, 1)
+    counts = torch.bincount(drawn[:, 0], minlength=5).double()
+    spread = (rows * probabilities * (1 - probabilities)).sqrt()
+    assert (counts[[1, 4]] == 0).all()
+    assert ((counts - rows * probabilities).abs() <= 4 * spread).all()
