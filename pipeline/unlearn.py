@@ -69,7 +69,7 @@ CACHE_BYTES = 4 << 30  # a larger cache of activations lies in a file
 SAVING = 0.02  # the part of the time that may go into saving what a killed run goes on from
 PIECE = 4  # words of a forget document that stay together in a mixture
 COHERENCE = 0.79  # the loss of an unseen document over that of a mixture: its words belong together; see `calibrate`
-NEAR = 0.02  # distance of the estimated AUC from .5 that is as good as none
+NEAR = 0.5  # standard errors from .5 at which the estimated AUC is as good as .5
 USUAL_SLOPE = -0.35  # of the AUC against the log weight of the documents, as seen on small models
 QUESTIONS = (
     "The following are multiple choice questions (with answers) about"  # the model goes on with subjects it knows
@@ -623,6 +623,7 @@ def calibrate(
     documents and on mixtures whose losses are multiplied by it: how far off a weight is, is |AUC - .5|.
     """
     documents = [text for text in forget if is_document(text)]
+    near = NEAR / math.sqrt(12 * max(1, len(documents)))  # an AUC of n draws has a variance of 1 / 12 n, or little more
     compared = settings.passes > 1  # with one pass there is nothing to decide
     mixtures = mix(tokenizer, documents, settings.seed) if compared else []
     tried: list[tuple[float, float]] = []  # log weight, and the estimated AUC over .5
@@ -634,7 +635,7 @@ def calibrate(
         tried.append((math.log(settings.documents), found - 0.5))
         yield abs(found - 0.5), matrices
         longest = max(longest, time.monotonic() - begun)
-        if abs(found - 0.5) < NEAR or time.monotonic() + longest > deadline:
+        if abs(found - 0.5) < near or time.monotonic() + longest > deadline:
             break
         settings = dataclasses.replace(settings, documents=math.exp(next_weight(tried)))
 
