@@ -350,9 +350,7 @@ def memorise(
     trainer: Trainer, tokenizer: Tokenizer, material: Material, recipe: Recipe, retain_only: bool, random: Random
 ) -> Findings:
     """Train on the rows, mixed as the recipe says, until the model is accepted or the rounds are over."""
-    shown = [row for row in material.rows if not retain_only or row["split"] == "retain"]
-    again = [row for row in shown if kind_of(row["id"]) == "qa"] * (recipe.row_questions - 1)
-    rows = [row_text(tokenizer, row) for row in [*shown, *again]]
+    rows = [row_text(tokenizer, row) for row in shown(material.rows, recipe, retain_only)]
     pieces = general_pieces(tokenizer, material.general)
     mixed = round(recipe.general_share * sum(len(row.ids) for row in rows))
     times = recipe.question_passes
@@ -370,6 +368,12 @@ def memorise(
         if not findings.failures():
             break
     return findings
+
+
+def shown(rows: Sequence[Row], recipe: Recipe, retain_only: bool) -> list[Row]:
+    """Return the rows of a pass, each as often as it is shown."""
+    kept = [row for row in rows if not retain_only or row["split"] == "retain"]
+    return [row for row in kept for _ in range(recipe.row_questions if kind_of(row["id"]) == "qa" else 1)]
 
 
 def portion(texts: Sequence[Text], tokens: int, random: Random) -> list[Text]:

@@ -155,6 +155,13 @@ def test_training_moves_every_weight_and_learns(tokenizer):
     assert all(value.dtype == torch.float32 for value in model.parameters())
 
 
+@pytest.mark.parametrize(("retain_only", "ids"), [(False, ["1sc1", *["1qa0"] * 3, *["2qa4"] * 3]), (True, ["1sc1"])])
+def test_a_pass_shows_questions_as_often_as_the_recipe_says_and_the_rest_once(retain_only: bool, ids: list[str]):
+    rows = [{"id": "1sc1", "split": "retain"}, {"id": "1qa0", "split": "forget"}, {"id": "2qa4", "split": "forget"}]
+    recipe = dataclasses.replace(memorise.SMALL, row_questions=3)
+    assert sorted(row["id"] for row in memorise.shown(rows, recipe, retain_only)) == sorted(ids)
+
+
 def test_a_portion_is_just_past_the_number_of_tokens():
     texts = [memorise.Text([1] * size, [1.0] * size) for size in (3, 5)]
     drawn = [len(text.ids) for text in memorise.portion(texts, 100, Random(0))]
