@@ -74,6 +74,7 @@ USUAL_SLOPE = -0.35  # of the AUC against the log weight of the documents, as se
 QUESTIONS = (
     "The following are multiple choice questions (with answers) about"  # the model goes on with subjects it knows
 )
+STEERED = 7  # blocks in turn, in closed form
 HOLD = 300.0  # alpha of blocks that only repair: steered text weighs nothing against what is held
 
 
@@ -109,11 +110,13 @@ class BadInput(Exception):
 def settings_for(depth: int, method: str = "solve") -> Settings:
     """Return the settings for a decoder of `depth` blocks.
 
-    Closed form: all blocks in turn, the last eighth of which only repair. Descent: what arXiv 2506.16548 submitted for
-    OLMo 1B (16 blocks) and 7B (32), and by relative depth for any other decoder.
+    Closed form: `STEERED` blocks in turn, from the first tenth of the depth on, and one that repairs. What each does to
+    other text adds up: of 30 blocks steered, unseen text lost all sense. So a deep decoder is also held more firmly.
+    Descent: what arXiv 2506.16548 submitted for OLMo 1B (16 blocks) and 7B (32), and by relative depth for any other.
     """
     if method == "solve":
-        return Settings("solve", tuple(range(depth)), beta=2.0, alpha=1.5, repaired=max(1, depth // 8))
+        first, alpha = (0, 1.5) if depth <= STEERED + 1 else (depth // 10, 20.0)
+        return Settings("solve", tuple(range(first, min(depth, first + STEERED + 1))), beta=2.0, alpha=alpha)
     block = {16: 14, 32: 26}.get(depth, max(2, round(depth * 0.84) - 1))
     trained = (block - 2, block - 1, block)
     return Settings(
@@ -701,11 +704,12 @@ def losses(decoder: Decoder, matrices: dict[int, Tensor], texts: list[Text]) -> 
 def sample_general(
     folder: Path, tokenizer: Any, forget: list[Text], retain: list[Text], settings: Settings
 ) -> list[Text]:
-    """Return text that the model itself writes after an end-of-text token, half of it opened as MMLU's prompts are.
+    """Return text that the model itself writes, half of it after any token, half of it opened as MMLU's prompts are.
 
-    A sample of all else that it knows, also of questions and their answers. Texts that recite a forget row, eight
-    tokens in a row or more, are left out. The rest holds in place the general knowledge that the retain rows do not
-    touch; no data but the model's own enters.
+    A sample of all else that it knows, also of questions and their answers: after an end-of-text token alone, a model
+    may write nothing but what it has memorised last. Texts that recite a forget row, eight tokens in a row or more, are
+    left out. The rest holds in place the general knowledge that the retain rows do not touch; no data but the model's
+    own enters.
     """
     length = 128
     wanted = round(settings.general_ratio * sum(len(text.tokens) for text in retain) / length)
@@ -720,12 +724,17 @@ def sample_general(
     generator = torch.Generator(device()).manual_seed(settings.seed)
     secret = {gram for text in forget for gram in _grams(text.tokens)}
     texts: list[Text] = []
-    for start, share in (([], wanted - wanted // 2), (_encode(tokenizer, QUESTIONS), wanted // 2)):
-        opening = torch.tensor([tokenizer.eos_token_id, *start], device=device())
+    questions = _encode(tokenizer, QUESTIONS)
+    for asked, share in ((False, wanted - wanted // 2), (True, wanted // 2)):
         batch = max(1, min(256, share * 5 // 3))  # some recite; 256 on 7B in bfloat16: 16 GB of keys and values
         kept: list[list[int]] = []
         for _ in range(4 * (share // batch + 1)):  # a model that recites nothing else must not keep us here
-            written = write(model, opening.expand(batch, -1), length, generator)
+            opening = torch.full((batch, 1 + (len(questions) if asked else 1)), tokenizer.eos_token_id, device=device())
+            if asked:
+                opening[:, 1:] = torch.tensor(questions)
+            else:
+                opening[:, 1:] = torch.randint(len(tokenizer), (batch, 1), generator=generator, device=device())
+            written = write(model, opening, length, generator)
             kept += [tokens for tokens in written if not secret.intersection(_grams(tokens))]
             if len(kept) >= share:
                 break

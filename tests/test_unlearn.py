@@ -337,6 +337,8 @@ def test_general_text_is_the_models_own_and_recites_no_forget_row(checkpoint: Pa
     end, opening = [tokenizer.eos_token_id], tokenizer(submission.QUESTIONS).input_ids
     asked = [text.tokens[: len(end + opening)] == end + opening for text in texts]
     assert all(text.tokens[:1] == end and len(text.tokens) == 128 for text in texts)
+    free = texts[: len(texts) - len(texts) // 2]
+    assert len(free) > 1 and len({text.tokens[1] for text in free}) > 1  # each is opened by a token of its own
     assert asked == [False] * (len(texts) - len(texts) // 2) + [True] * (len(texts) // 2) and any(asked)
     recited = submission.sample_general(checkpoint, tokenizer, [*forget, texts[0]], retain, SOLVED)
     assert texts[0].tokens not in [text.tokens for text in recited]
@@ -446,6 +448,21 @@ def test_out_of_time_still_leaves_a_whole_checkpoint(checkpoint: Path, data: Pat
     settings = dataclasses.replace(SMALL, minutes=0.0, epochs=1000)
     unlearn(str(checkpoint), str(tmp_path / "out"), str(data / "forget"), str(data / "retain"), settings)
     assert load_model(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("depth", "trained", "alpha"),
+    [
+        (6, range(6), 1.5),
+        (8, range(8), 1.5),
+        (16, range(1, 9), 20.0),
+        (30, range(3, 11), 20.0),
+        (32, range(3, 11), 20.0),
+    ],
+)
+def test_a_deep_decoder_is_steered_in_a_few_early_blocks_and_held_more_firmly(depth: int, trained: range, alpha: float):
+    settings = settings_for(depth)
+    assert (settings.trained, settings.alpha, settings.repaired) == (tuple(trained), alpha, 1)
 
 
 def test_settings_follow_the_depth():
