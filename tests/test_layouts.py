@@ -37,7 +37,7 @@ SIZES = {
         "clip_qkv": 8.0,
     },
 }
-# What each size is unlearned with: by closed form eight blocks from the first tenth on, by descent what arXiv 2506.16548 submitted.
+# What each size is unlearned with: in closed form eight blocks, by descent what arXiv 2506.16548 submitted.
 SETTINGS = {
     ("1B", "solve"): {"trained": [*range(1, 9)], "beta": 2.0, "alpha": 20.0, "repaired": 1},
     ("7B", "solve"): {"trained": [*range(3, 11)], "beta": 2.0, "alpha": 20.0, "repaired": 1},
