@@ -248,7 +248,9 @@ def test_a_base_is_trained_with_all_its_weights_from_where_it_is(base: Path):
 def test_from_a_base_to_an_accepted_folder(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     # the real rate and passes are for a model that knows English; this one is random
     monkeypatch.setattr(memorise, "BASE_RATE", 1e-2)
-    monkeypatch.setattr(memorise, "BASE", dataclasses.replace(memorise.BASE, batch_tokens=64, passes=100))
+    monkeypatch.setattr(
+        memorise, "BASE", dataclasses.replace(memorise.BASE, batch_tokens=64, passes=100, row_questions=1)
+    )
     arguments = write_material(tmp_path)
     memorise.main([*arguments, "--base", str(base), "--output", str(tmp_path / "model")])
     model, tokenizer = load_model(tmp_path / "model", torch.float32), load_tokenizer(tmp_path / "model")
