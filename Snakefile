@@ -31,7 +31,7 @@ for name, target in TARGETS.items():
     if target["dataset"] not in DATASETS:
         raise WorkflowError(f"config: targets.{name}.dataset is {target['dataset']}, not one of {', '.join(DATASETS)}")
 
-# A draw is a stand-in made of other documents: tiny-11, tiny-12, ... What was tuned on `tiny` is reported on its draws.
+# A draw is a stand-in made of other documents: tiny-16, tiny-17, ... What was tuned on `tiny` is reported on its draws.
 for draw in DRAWS:
     for name in [name for name, target in config["targets"].items() if target["stand_in"] and "-" not in name]:
         dataset = DATASETS[TARGETS[name]["dataset"]]
