@@ -314,6 +314,17 @@ def test_the_attack_is_the_auc_of_the_documents_against_coherent_mixtures(
     assert submission.attack(decoder, {}, documents, mixtures) == pytest.approx(roc_auc_score(labels, scaled), abs=1e-9)
 
 
+@pytest.mark.parametrize(("part", "passes"), [(0.9, 1), (1.1, 3)])
+def test_calibration_stops_within_half_a_standard_error_of_so_many_documents(
+    checkpoint: Path, forget, retain, documents, part: float, passes: int, monkeypatch: pytest.MonkeyPatch
+):
+    """A share of n values below a uniform one has the variance 1 / 12 of one value, over n."""
+    error = (1 / 12 / len(documents)) ** 0.5
+    monkeypatch.setattr(submission, "attack", lambda *_: 0.5 + part * error / 2)
+    arguments = (Decoder(checkpoint, torch.float32), load_tokenizer(checkpoint), forget, retain, [])
+    assert len(list(submission.calibrate(*arguments, dataclasses.replace(SOLVED, passes=3), math.inf))) == passes
+
+
 def test_without_documents_of_the_attack_it_is_solved_once(checkpoint: Path, forget, retain, documents):
     rest = [text for text in forget if text not in documents]
     arguments = (Decoder(checkpoint, torch.float32), load_tokenizer(checkpoint), rest, retain, [])
