@@ -66,6 +66,7 @@ Module = Any  # a decoder block; its parts are the model's own
 TASKS = ("Task1", "Task2", "Task3")
 COLUMNS = ("id", "input", "output", "task")
 CACHE_BYTES = 4 << 30  # a larger cache of activations lies in a file
+KEPT_BYTES = 1 << 30  # of the untouched model's activations, kept from one pass of calibration to the next
 SAVING = 0.02  # the part of the time that may go into saving what a killed run goes on from
 PIECE = 4  # words of a forget document that stay together in a mixture
 COHERENCE = 0.79  # the loss of an unseen document over that of a mixture: its words belong together; see `calibrate`
@@ -509,6 +510,7 @@ def solve(
     settings: Settings,
     progress: "Progress | None" = None,
     inputs: list[list[Tensor]] | None = None,
+    untouched: dict[int, list[list[Tensor]]] | None = None,
 ) -> dict[int, Tensor]:
     """Return the matrices, by block, that minimise RMU's loss block after block, each given what the earlier changed.
 
@@ -518,8 +520,10 @@ def solve(
     put back what the steering did to the rest.
 
     `inputs` is what enters the first trained block, (tokens, hidden) a row, for the three kinds of text; without it the
-    blocks below are run.
+    blocks below are run. `untouched` is what leaves the original blocks: read where it has a block, and filled for the
+    next call on the same texts, up to `KEPT_BYTES`.
     """
+    untouched = {} if untouched is None else untouched
     directions = steering_directions(decoder.config.hidden_size, settings.seed, decoder.device)
     streams = []
     for number, texts in enumerate((forget, retain, general)):
@@ -534,7 +538,9 @@ def solve(
     first = settings.trained[0] if inputs else 0
     for index in tqdm(range(first, settings.trained[-1] + 1), desc="blocks", mininterval=2):
         block = decoder.block(index)
-        originals = [decoder.advance(block, stream.originals) for stream in streams]
+        originals = untouched.get(index) or [decoder.advance(block, stream.originals) for stream in streams]
+        if size_of(originals) * (len(untouched) + 1) <= KEPT_BYTES:
+            untouched[index] = originals
         if index in settings.trained:
             targets = [steered(originals[0], forget, directions, settings), *originals[1:]]
             alpha = settings.alpha if index in steering else HOLD
@@ -558,6 +564,11 @@ def solve(
         for stream, original in zip(streams, originals, strict=True):
             stream.originals = original
     return matrices
+
+
+def size_of(streams: list[list[Tensor]]) -> int:
+    """Return the bytes of the activations of some kinds of text."""
+    return sum(row.nbytes for rows in streams for row in rows)
 
 
 def steered(
@@ -630,10 +641,11 @@ def calibrate(
     compared = settings.passes > 1  # with one pass there is nothing to decide
     mixtures = mix(tokenizer, documents, settings.seed) if compared else []
     tried: list[tuple[float, float]] = []  # log weight, and the estimated AUC over .5
+    untouched: dict[int, list[list[Tensor]]] = {}
     longest = 0.0
     for _ in range(settings.passes):
         begun = time.monotonic()
-        matrices = solve(decoder, forget, retain, general, settings, progress, inputs)
+        matrices = solve(decoder, forget, retain, general, settings, progress, inputs, untouched)
         found = attack(decoder, matrices, documents, mixtures) if mixtures else 0.5
         tried.append((math.log(settings.documents), found - 0.5))
         yield abs(found - 0.5), matrices
@@ -668,7 +680,7 @@ def is_document(text: Text) -> bool:
     return text.task == "Task3" and text.id[-3:-1] == "sc"
 
 
-def mix(tokenizer: Any, documents: list[Text], seed: int, least: int = 192) -> list[Text]:
+def mix(tokenizer: Any, documents: list[Text], seed: int, least: int = 64) -> list[Text]:
     """Return texts made of the documents' pieces of `PIECE` words: the n-th is that of a document drawn anew each time.
 
     So they are of the same kind and length, and each word is known where it stands, but they were never seen as such.

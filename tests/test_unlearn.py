@@ -325,6 +325,23 @@ def test_calibration_stops_within_half_a_standard_error_of_so_many_documents(
     assert len(list(submission.calibrate(*arguments, dataclasses.replace(SOLVED, passes=3), math.inf))) == passes
 
 
+@pytest.mark.parametrize(("limit", "blocks_run"), [(submission.KEPT_BYTES, 0), (0, 5)])
+def test_a_second_pass_runs_the_untouched_model_only_where_it_could_not_be_kept(
+    checkpoint: Path, forget, retain, limit: int, blocks_run: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Blocks 0 to 4, of which 2 to 4 are trained, for three kinds of text; the third is empty here."""
+    monkeypatch.setattr(submission, "KEPT_BYTES", limit)
+    decoder, kept = Decoder(checkpoint, torch.float32), {}
+    expected = submission.solve(decoder, forget, retain, [], dataclasses.replace(SOLVED, documents=0.3))
+    submission.solve(decoder, forget, retain, [], SOLVED, None, None, kept)
+    advance, runs = decoder.advance, []
+    monkeypatch.setattr(decoder, "advance", lambda *rest: runs.append(1) or advance(*rest))
+    settings = dataclasses.replace(SOLVED, documents=0.3)
+    found = submission.solve(decoder, forget, retain, [], settings, None, None, kept)
+    assert len(runs) == 3 * blocks_run
+    assert all(torch.equal(found[index], expected[index]) for index in SOLVED.trained)
+
+
 def test_without_documents_of_the_attack_it_is_solved_once(checkpoint: Path, forget, retain, documents):
     rest = [text for text in forget if text not in documents]
     arguments = (Decoder(checkpoint, torch.float32), load_tokenizer(checkpoint), rest, retain, [])
