@@ -195,7 +195,8 @@ def test_a_drained_node_ends_its_job_and_takes_the_next_when_it_is_back(submitte
     outputs = [CHEAP, CHEAP.replace("membership", "mmlu")]
     before = [(submitted / output).read_bytes() for output in outputs]
     with held(submitted, *outputs):
-        run = Run(submitted, *outputs, "--set-threads", "membership=2", "mmlu=2")  # all cores: one after the other
+        # the one GPU that there is: one after the other; two threads would do so too, but change the last digits
+        run = Run(submitted, *outputs, "--set-resources", "membership:gpu=1", "mmlu:gpu=1")
         until(lambda: jobs(JobState="RUNNING") and jobs(JobState="PENDING"), "a job runs and one waits")
         (running,) = jobs(JobState="RUNNING")
         update_node("drain")
