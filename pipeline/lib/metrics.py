@@ -10,7 +10,6 @@ from functools import cache
 from itertools import product
 from typing import Any
 
-import sklearn.metrics
 from rouge_score.rouge_scorer import RougeScorer
 
 from pipeline.lib.records import KINDS, SIDES, TASKS, kind_of
@@ -66,6 +65,8 @@ def auc(member_nll: Sequence[float], nonmember_nll: Sequence[float]) -> float:
         raise ValueError("a side has no loss")
     confidence = [-loss for loss in (*member_nll, *nonmember_nll)]
     is_member = [1] * len(member_nll) + [0] * len(nonmember_nll)
+    import sklearn.metrics  # here, for it takes over a second, and most that use this file never come here
+
     false_positive, true_positive, _ = sklearn.metrics.roc_curve(is_member, confidence)
     return float(sklearn.metrics.auc(false_positive, true_positive))
 
