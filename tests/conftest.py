@@ -17,6 +17,15 @@ from transformers import OlmoConfig, OlmoForCausalLM, PreTrainedTokenizerFast
 from pipeline.lib.records import write_jsonl, write_parquet
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a file's tests in one worker of `-n 2`, for its fixtures; and so all that share the long run `made`."""
+    for item in items:
+        shared = "made" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("made" if shared else item.path.name))
+
+
 SHARED = ROOT.parent / "shared" / "data"
 
 

@@ -82,9 +82,9 @@ def make_rows(folder: Path, seed: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def zips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with all that a zip is packed from, and the zips: texts.zip, bare.zip (without texts)."""
-    folder = tmp_path_factory.mktemp("made")
+    folder = tmp_path_factory.mktemp("zips")
     make_rows(folder / "original_rows", 1)
     make_rows(folder / "unlearned", 2)
     (folder / "model").mkdir()
@@ -144,18 +144,18 @@ def refused(path: Path, *flags: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["texts", "bare"])
-def test_a_sound_zip_passes_and_the_summary_counts_what_was_checked(made, name, capsys):
-    check(made / f"{name}.zip")
-    assert capsys.readouterr().out.startswith(f"{made}/{name}.zip: 15 files, {ROWS} rows, {NUMBERS} numbers: all")
+def test_a_sound_zip_passes_and_the_summary_counts_what_was_checked(zips, name, capsys):
+    check(zips / f"{name}.zip")
+    assert capsys.readouterr().out.startswith(f"{zips}/{name}.zip: 15 files, {ROWS} rows, {NUMBERS} numbers: all")
 
 
-def test_from_the_command_line_the_exit_code_tells(made, tmp_path):
-    members = content(made / "texts.zip")
+def test_from_the_command_line_the_exit_code_tells(zips, tmp_path):
+    members = content(zips / "texts.zip")
     broken = repack(tmp_path / "x.zip", members | {"README.md": members["README.md"] + b"."}, rehash=False)
     command = [sys.executable, "-m", "pipeline.verify"]
     runs = [
-        subprocess.run([*command, str(path), *inputs(made)], cwd=ROOT, capture_output=True, text=True, input="yes\n")
-        for path in (made / "texts.zip", broken)
+        subprocess.run([*command, str(path), *inputs(zips)], cwd=ROOT, capture_output=True, text=True, input="yes\n")
+        for path in (zips / "texts.zip", broken)
     ]
     assert [done.returncode for done in runs] == [0, 2]
     assert runs[1].stdout == "" and runs[1].stderr.count("\n") == 1
@@ -166,8 +166,8 @@ def test_from_the_command_line_the_exit_code_tells(made, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["texts", "bare"])
-def test_a_changed_byte_of_any_member_is_named(made, tmp_path, name):
-    members = content(made / f"{name}.zip")
+def test_a_changed_byte_of_any_member_is_named(zips, tmp_path, name):
+    members = content(zips / f"{name}.zip")
     for number, (member, data) in enumerate(members.items()):
         digits = [match.start() for match in re.finditer(rb"\d", data)] or [0]  # the README's target has none
         place = digits[number % len(digits)]
@@ -177,8 +177,8 @@ def test_a_changed_byte_of_any_member_is_named(made, tmp_path, name):
     assert number == 14
 
 
-def test_every_digit_of_the_manifest_counts(made, tmp_path):
-    members = content(made / "texts.zip")
+def test_every_digit_of_the_manifest_counts(zips, tmp_path):
+    members = content(zips / "texts.zip")
     text = members["manifest.json"]
     places = [match.start() for match in re.finditer(rb"\d", text)]
     assert len(places) > 500
@@ -190,9 +190,9 @@ def test_every_digit_of_the_manifest_counts(made, tmp_path):
 
 @pytest.mark.parametrize("prefix", ["", "original/"])
 @pytest.mark.parametrize("name", ["texts", "bare"])
-def test_every_number_of_a_result_follows_from_the_rows(made, tmp_path, name, prefix):
+def test_every_number_of_a_result_follows_from_the_rows(zips, tmp_path, name, prefix):
     """Each number in turn gets another last digit, and all hashes are mended."""
-    members = content(made / f"{name}.zip")
+    members = content(zips / f"{name}.zip")
     member = prefix + "evaluation_results.jsonl"
     text = members[member].decode()
     places = [match.end() - 1 for match in re.finditer(r"[-\d.e]*\d(?=[,\]}])", text)]
@@ -210,9 +210,9 @@ def test_every_number_of_a_result_follows_from_the_rows(made, tmp_path, name, pr
 
 
 @pytest.mark.parametrize("name", ["texts", "bare"])
-def test_a_lost_row_of_any_table_is_named(made, tmp_path, name):
+def test_a_lost_row_of_any_table_is_named(zips, tmp_path, name):
     """A row that is lost on both sides, with all hashes mended, changes a number; on one side it has no partner."""
-    members = content(made / f"{name}.zip")
+    members = content(zips / f"{name}.zip")
     tables = [member for member in members if member.endswith(".csv") or member.endswith("mmlu.jsonl")]
     assert len(tables) == 10
     for member in tables:
@@ -259,16 +259,16 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_with_all_hashes_mended_is_named(made, tmp_path, change):
+def test_a_change_with_all_hashes_mended_is_named(zips, tmp_path, change):
     member, before, after, message = CHANGES[change]
-    members = content(made / "texts.zip")
+    members = content(zips / "texts.zip")
     assert before in members[member], members[member].decode()
     forged = repack(tmp_path / "x.zip", members | {member: members[member].replace(before, after, 1)}, rehash=True)
     assert re.search(message, refused(forged))
 
 
-def test_a_changed_score_or_hash_of_a_zip_without_texts(made, tmp_path):
-    members = content(made / "bare.zip")
+def test_a_changed_score_or_hash_of_a_zip_without_texts(zips, tmp_path):
+    members = content(zips / "bare.zip")
     table = members["forget_scores.csv"]
     for before, after, message in (
         (b",1.0,", b",0.5,", "forget-set/.* is .*, its rows give"),
@@ -281,8 +281,8 @@ def test_a_changed_score_or_hash_of_a_zip_without_texts(made, tmp_path):
     assert "row 18: field 'texts_sha256'" in refused(short)
 
 
-def test_a_cell_without_rows_is_named(made, tmp_path):
-    members = content(made / "texts.zip")
+def test_a_cell_without_rows_is_named(zips, tmp_path):
+    members = content(zips / "texts.zip")
     table = members["forget_0.csv"].replace(b"sc1,Task2", b"qa1,Task2")
     forged = repack(tmp_path / "x.zip", members | {"forget_0.csv": table}, rehash=True)
     assert refused(forged).endswith("evaluation_results.jsonl: no sc row of Task2 on the forget side")
@@ -291,8 +291,8 @@ def test_a_cell_without_rows_is_named(made, tmp_path):
 # ---- the container ----
 
 
-def test_a_missing_or_foreign_member_is_named(made, tmp_path):
-    members = content(made / "texts.zip")
+def test_a_missing_or_foreign_member_is_named(zips, tmp_path):
+    members = content(zips / "texts.zip")
     for member in members:
         rest = {name: data for name, data in members.items() if name != member}
         missing = repack(tmp_path / "x.zip", rest, rehash=member != "manifest.json")
@@ -334,42 +334,42 @@ def with_entry(source: Path, path: Path, name: str, mode: int = 0o100644, **fiel
         ("submission.py\0.txt", "is there twice|part of its header|does not belong here"),
     ],
 )
-def test_a_name_that_could_land_elsewhere_is_refused(made, tmp_path, name, message):
-    evil = with_entry(made / "texts.zip", tmp_path / "x.zip", name)
+def test_a_name_that_could_land_elsewhere_is_refused(zips, tmp_path, name, message):
+    evil = with_entry(zips / "texts.zip", tmp_path / "x.zip", name)
     assert re.search(message, refused(evil))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.zip"]
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_links_doubles_and_odd_entries_are_refused(made, tmp_path):
+def test_links_doubles_and_odd_entries_are_refused(zips, tmp_path):
     path = tmp_path / "x.zip"
-    link = with_entry(made / "texts.zip", path, "link", stat.S_IFLNK | 0o777)
+    link = with_entry(zips / "texts.zip", path, "link", stat.S_IFLNK | 0o777)
     assert refused(link).endswith("member 'link' is a link")
-    double = with_entry(made / "texts.zip", path, "forget_0.csv")
+    double = with_entry(zips / "texts.zip", path, "forget_0.csv")
     assert refused(double).endswith("member 'forget_0.csv' is there twice")
-    device = with_entry(made / "texts.zip", path, "device", stat.S_IFCHR | 0o644)
+    device = with_entry(zips / "texts.zip", path, "device", stat.S_IFCHR | 0o644)
     assert "member 'device': date, mode or another part" in refused(device)
     for field, value in (("date_time", (2024, 1, 1, 0, 0, 0)), ("comment", b"x"), ("extra", b"\x99\x99\x00\x00")):
-        odd = with_entry(made / "texts.zip", path, "odd", **{field: value})
+        odd = with_entry(zips / "texts.zip", path, "odd", **{field: value})
         assert "member 'odd': date, mode or another part" in refused(odd)
 
 
-def test_bytes_that_belong_to_no_member_are_refused(made, tmp_path):
-    data = (made / "texts.zip").read_bytes()
+def test_bytes_that_belong_to_no_member_are_refused(zips, tmp_path):
+    data = (zips / "texts.zip").read_bytes()
     path = tmp_path / "x.zip"
     for other in (b"#!/bin/sh\n" + data, data + b"more", data + data, data[:-22] + b"!" + data[-22:]):
         path.write_bytes(other)
         assert re.search("part of its header|belong to no member|not a readable zip", refused(path))
-    shutil.copy(made / "texts.zip", path)
+    shutil.copy(zips / "texts.zip", path)
     with zipfile.ZipFile(path, "a") as archive:
         archive.comment = b"a word"
     assert "belong to no member" in refused(path)
 
 
-def test_bytes_hidden_behind_the_end_of_a_compressed_text_are_refused(made, tmp_path):
+def test_bytes_hidden_behind_the_end_of_a_compressed_text_are_refused(zips, tmp_path):
     """Every reader of zips passes over them: the sizes are right, and the text ends before."""
-    data = bytearray((made / "texts.zip").read_bytes())
-    with zipfile.ZipFile(made / "texts.zip") as archive:
+    data = bytearray((zips / "texts.zip").read_bytes())
+    with zipfile.ZipFile(zips / "texts.zip") as archive:
         last, start = archive.infolist()[-1], archive.start_dir
     record = data.rindex(b"PK\1\2")
     for place in (last.header_offset + 18, record + 20):  # the compressed size, in header and directory
@@ -377,13 +377,13 @@ def test_bytes_hidden_behind_the_end_of_a_compressed_text_are_refused(made, tmp_
     data[-6:-2] = (start + 6).to_bytes(4, "little")
     path = tmp_path / "x.zip"
     path.write_bytes(data[:start] + b"hidden" + data[start:])
-    assert content(path) == content(made / "texts.zip")
+    assert content(path) == content(zips / "texts.zip")
     assert refused(path).endswith("submission.py is damaged: bytes behind its end")
 
 
-def test_a_zip_that_grows_when_unpacked_is_not_unpacked(made, tmp_path, monkeypatch):
+def test_a_zip_that_grows_when_unpacked_is_not_unpacked(zips, tmp_path, monkeypatch):
     monkeypatch.setattr(verify, "LARGEST", 10_000)
-    assert re.search(r"\d+ bytes when unpacked, more than 10000", refused(made / "texts.zip"))
+    assert re.search(r"\d+ bytes when unpacked, more than 10000", refused(zips / "texts.zip"))
 
 
 def test_no_file_an_empty_one_and_another_kind(tmp_path):
@@ -393,9 +393,9 @@ def test_no_file_an_empty_one_and_another_kind(tmp_path):
         assert re.search("not a readable zip|manifest.json is missing", refused(tmp_path / "x.zip"))
 
 
-def test_any_flipped_bit_of_the_file_is_noticed(made, tmp_path):
+def test_any_flipped_bit_of_the_file_is_noticed(zips, tmp_path):
     """Of the raw zip, headers and directory included. (A compressed text can be spelled in more than one way.)"""
-    data = (made / "texts.zip").read_bytes()
+    data = (zips / "texts.zip").read_bytes()
     path = tmp_path / "x.zip"
     dice = random.Random(0)
     directory = data.index(b"PK\x01\x02")
@@ -407,7 +407,7 @@ def test_any_flipped_bit_of_the_file_is_noticed(made, tmp_path):
             check(path)
         except BadInput:
             continue
-        assert place < directory and content(path) == content(made / "texts.zip")
+        assert place < directory and content(path) == content(zips / "texts.zip")
         spared += 1
     assert spared < 5
     for length in dice.sample(range(len(data)), 40):
@@ -419,8 +419,8 @@ def test_any_flipped_bit_of_the_file_is_noticed(made, tmp_path):
 @pytest.mark.parametrize(
     "text", [b"", b"[]", b"{}", b'{"members": 1}', b"[" * 100_000, b"\xff", b'{"a": NaN}', b'{"a": 1, "a": 2}']
 )
-def test_a_manifest_that_is_none_is_refused(made, tmp_path, text):
-    members = content(made / "texts.zip") | {"manifest.json": text}
+def test_a_manifest_that_is_none_is_refused(zips, tmp_path, text):
+    members = content(zips / "texts.zip") | {"manifest.json": text}
     assert "x.zip: manifest.json: " in refused(repack(tmp_path / "x.zip", members, rehash=False))
 
 
@@ -432,18 +432,18 @@ def inputs(folder: Path) -> list[str]:
     return [word for flag, path in paths.items() for word in (f"--{flag}", str(folder / path))]
 
 
-def test_the_submission_run_again_gives_the_recorded_tensors(made, capfd, monkeypatch):
+def test_the_submission_run_again_gives_the_recorded_tensors(zips, capfd, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_CANARY")
-    before = sorted(made.rglob("*"))
-    check(made / "texts.zip", *inputs(made))
+    before = sorted(zips.rglob("*"))
+    check(zips / "texts.zip", *inputs(zips))
     captured = capfd.readouterr()
     assert "submission.py run again on 4 files: 1 changed tensors, all as recorded" in captured.out
     assert "CANARY" not in captured.out + captured.err
-    assert sorted(made.rglob("*")) == before  # the checkpoint went to the temporary folder, and is gone
+    assert sorted(zips.rglob("*")) == before  # the checkpoint went to the temporary folder, and is gone
 
 
-def forged_manifest(made: Path, path: Path, change) -> Path:
-    members = content(made / "texts.zip")
+def forged_manifest(zips: Path, path: Path, change) -> Path:
+    members = content(zips / "texts.zip")
     manifest = json.loads(members["manifest.json"])
     change(manifest)
     return repack(path, members | {"manifest.json": manifest_json(manifest).encode()}, rehash=False)
@@ -461,40 +461,40 @@ def forged_manifest(made: Path, path: Path, change) -> Path:
         (lambda m: m["data"]["files"]["data"].pop("retain/retain.jsonl"), "retain/retain.jsonl: not a file that"),
     ],
 )
-def test_what_a_second_run_gives_otherwise_is_named(made, tmp_path, change, message):
+def test_what_a_second_run_gives_otherwise_is_named(zips, tmp_path, change, message):
     """The manifest's own hash is mended: only the run can tell."""
-    forged = forged_manifest(made, tmp_path / "x.zip", change)
+    forged = forged_manifest(zips, tmp_path / "x.zip", change)
     check(forged)
-    assert re.search(message, refused(forged, *inputs(made)))
+    assert re.search(message, refused(forged, *inputs(zips)))
 
 
-def test_another_submission_or_one_that_fails_is_named(made, tmp_path):
-    members = content(made / "texts.zip")
+def test_another_submission_or_one_that_fails_is_named(zips, tmp_path):
+    members = content(zips / "texts.zip")
     for text, message in (
         (SUBMISSION.replace("+ len(", "+ 1 + len("), "tensor second is another"),
         ("raise SystemExit(3)", "submission.py: ended with exit code 3"),
     ):
         forged = repack(tmp_path / "x.zip", members | {"submission.py": text.encode()}, rehash=True)
-        assert re.search(message, refused(forged, *inputs(made)))
+        assert re.search(message, refused(forged, *inputs(zips)))
 
 
-def test_another_model_is_refused_before_anything_runs(made, tmp_path):
-    shutil.copytree(made / "model", tmp_path / "model")
+def test_another_model_is_refused_before_anything_runs(zips, tmp_path):
+    shutil.copytree(zips / "model", tmp_path / "model")
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     tensors["first"][0, 0] += 1
     save_file(tensors, tmp_path / "model" / "model.safetensors")
-    flags = inputs(made)
+    flags = inputs(zips)
     flags[1] = str(tmp_path / "model")
-    assert "model.safetensors: not the file that the zip was made from" in refused(made / "texts.zip", *flags)
+    assert "model.safetensors: not the file that the zip was made from" in refused(zips / "texts.zip", *flags)
     with pytest.raises(SystemExit):
-        check(made / "texts.zip", "--model", str(tmp_path / "model"))
+        check(zips / "texts.zip", "--model", str(tmp_path / "model"))
 
 
 @pytest.mark.slow
-def test_our_own_submission_run_again_gives_its_tensors(made, checkpoint, data, tmp_path):
+def test_our_own_submission_run_again_gives_its_tensors(zips, checkpoint, data, tmp_path):
     folder = tmp_path / "real"
-    shutil.copytree(made / "original_rows", folder / "original_rows")
-    shutil.copytree(made / "original_rows", folder / "unlearned")
+    shutil.copytree(zips / "original_rows", folder / "original_rows")
+    shutil.copytree(zips / "original_rows", folder / "unlearned")
     shutil.copytree(checkpoint, folder / "model")
     shutil.copytree(data, folder / "data")
     shutil.copy(ROOT / "pipeline" / "unlearn.py", folder / "unlearn.py")
@@ -520,7 +520,7 @@ class Payload:
 
 
 @pytest.fixture
-def hostile(made: Path, tmp_path: Path) -> tuple[Path, Path]:
+def hostile(zips: Path, tmp_path: Path) -> tuple[Path, Path]:
     """A model folder of code, in each of the forms that a loader might run; and the file that the code would create."""
     folder, trace = tmp_path / "hostile", tmp_path / "it ran"
     folder.mkdir()
@@ -543,17 +543,17 @@ def with_weights(folder: Path) -> Path:
     return folder
 
 
-def readers(made: Path, folder: Path, output: Path) -> dict:
+def readers(zips: Path, folder: Path, output: Path) -> dict:
     """All that reads a model folder."""
-    shutil.copytree(made / "unlearned", output / "unlearned")
-    packed = {"submission": made / "unlearn.py", "model": folder, "original": made / "original_rows"}
-    packed |= {"unlearned": made / "unlearned", "data": made / "data", "output": output / "x.zip", "cost": output / "c"}
+    shutil.copytree(zips / "unlearned", output / "unlearned")
+    packed = {"submission": zips / "unlearn.py", "model": folder, "original": zips / "original_rows"}
+    packed |= {"unlearned": zips / "unlearned", "data": zips / "data", "output": output / "x.zip", "cost": output / "c"}
     flags = [word for flag, path in packed.items() for word in (f"--{flag}", str(path))]
     flags += ["--published", str(ROOT / "data" / "leaderboard.csv"), "--name", "x", "--size", "1B"]
-    judged = [str(folder), str(output / "judged"), str(made / "data" / "forget"), str(made / "data" / "retain")]
+    judged = [str(folder), str(output / "judged"), str(zips / "data" / "forget"), str(zips / "data" / "retain")]
     return {
         "package": lambda: package.main([*flags, "--model-source", "m", "--data-source", "d"]),
-        "verify": lambda: check(made / "texts.zip", "--model", str(folder), *inputs(made)[2:]),
+        "verify": lambda: check(zips / "texts.zip", "--model", str(folder), *inputs(zips)[2:]),
         "load_model": lambda: models.load_model(folder),
         "load_tokenizer": lambda: models.load_tokenizer(folder),
         "fetch_model": lambda: fetch_model.main(["--local", str(folder), "--output", str(output / "fetched")]),
@@ -566,7 +566,7 @@ READERS = ("package", "verify", "load_model", "load_tokenizer", "fetch_model", "
 
 @pytest.mark.parametrize("weights", [False, True], ids=["pickles alone", "safetensors beside them"])
 @pytest.mark.parametrize("reader", READERS)
-def test_code_in_a_model_folder_is_never_run(made, hostile, tmp_path, monkeypatch, reader, weights):
+def test_code_in_a_model_folder_is_never_run(zips, hostile, tmp_path, monkeypatch, reader, weights):
     """Whoever sits at the terminal answers yes to every question."""
     folder, trace = hostile
     if weights:
@@ -574,7 +574,7 @@ def test_code_in_a_model_folder_is_never_run(made, hostile, tmp_path, monkeypatc
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 20))
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     (tmp_path / "output").mkdir()
-    call = readers(made, folder, tmp_path / "output")[reader]
+    call = readers(zips, folder, tmp_path / "output")[reader]
     try:
         call()
         assert reader == "fetch_model" and weights  # which copies the plain files only
