@@ -1020,10 +1020,12 @@ class Progress:
         begun = time.monotonic()
         if begun < self.due:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".{name}.partial"
-        save_file(tensors, temporary, {"run": self.run})
-        temporary.replace(self.folder / f"{name}.safetensors")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replaced(self.folder / f"{name}.safetensors") as temporary:
+                save_file(tensors, temporary, {"run": self.run})
+        except Exception as error:  # a full disk; safetensors has an exception type of its own, as in `_shapes`
+            print(f"{self.folder}: {name} cannot be kept for a run that is killed: {error}", file=sys.stderr)
         ended = time.monotonic()
         self.due = ended + (ended - begun) / SAVING
 
@@ -1032,6 +1034,17 @@ class Progress:
         shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.folder.parent.rmdir()
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`, renamed to `path` when the block ends well and removed when it fails."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _run_of(path: Path) -> str | None:
@@ -1104,11 +1117,10 @@ class Checkpoint:
         for path in sorted(self.source.iterdir()):
             written = self.target / path.name
             if path.is_file() and path.name[0] != "." and (path in changed or not written.exists()):
-                temporary = self.target / f".{path.name}.partial"
-                shutil.copyfile(path, temporary)
-                if path in changed:
-                    overwrite(temporary, {key: value for key, value in tensors.items() if self.shards[key] == path})
-                temporary.replace(written)
+                with replaced(written) as temporary:
+                    shutil.copyfile(path, temporary)
+                    if path in changed:
+                        overwrite(temporary, {key: value for key, value in tensors.items() if self.shards[key] == path})
 
     def record(self, settings: Settings, seconds: float) -> None:
         """Write run.json: settings, versions, hardware, wall time and peak memory."""
@@ -1125,9 +1137,8 @@ class Checkpoint:
             "wall_seconds": round(seconds, 2),
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
-        temporary = self.target / ".run.json.partial"
-        temporary.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(self.target / "run.json")
+        with replaced(self.target / "run.json") as temporary:
+            temporary.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
 
 
 def overwrite(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -1189,6 +1200,6 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except BadInput as error:
+    except (BadInput, OSError) as error:  # the latter of a full disk, or a folder that cannot be written to
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -4,10 +4,12 @@ The kill is a real SIGKILL that the process sends to itself just before it renam
 """
 
 import dataclasses
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -160,6 +162,25 @@ def test_a_solved_block_is_not_solved_again(checkpoint: Path, data: Path, left, 
         index: torch.equal(before[f"model.layers.{index}.mlp.down_proj.weight"], matrices[index]) for index in matrices
     }
     assert same == {2: True, 3: False, 4: False}
+
+
+@pytest.mark.parametrize("size", [100, 200_000], ids=["not even the state", "the state, not the model"])
+def test_where_the_disk_is_full_a_run_ends_in_one_line_and_the_next_one_goes_on(
+    checkpoint: Path, data: Path, tmp_path: Path, size: int, whole
+):
+    """A limit on the size of files stands for a full disk, which takes root to make. The model has 400 kB."""
+    output = tmp_path / "output"
+    arguments = [checkpoint, output, data / "forget", data / "retain", *options(SOLVED)]
+    command = [sys.executable, ROOT / "pipeline" / "unlearn.py", *map(str, arguments)]
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
+    done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: [Errno 27] File too large")
+    assert ("cannot be kept" in done.stderr) is (size == 100)
+    assert not [path for path in output.rglob("*.partial") if path.is_file()]
+    assert not (output / "model.safetensors").exists()
+    assert run(checkpoint, data, output, SOLVED) == whole["solve"]
 
 
 def test_descent_goes_on_after_the_last_saved_epoch(checkpoint: Path, data: Path, left, tmp_path: Path):
