@@ -738,9 +738,11 @@ def sample_general(
     texts: list[Text] = []
     questions = _encode(tokenizer, QUESTIONS)
     for asked, share in ((False, wanted - wanted // 2), (True, wanted // 2)):
-        batch = max(1, min(256, share * 5 // 3))  # some recite; 256 on 7B in bfloat16: 16 GB of keys and values
         kept: list[list[int]] = []
-        for _ in range(4 * (share // batch + 1)):  # a model that recites nothing else must not keep us here
+        tried = 0
+        while len(kept) < share and tried < 8 * share:  # a model that only recites must not keep us here
+            missing, part = share - len(kept), max(len(kept) / tried, 0.2) if tried else 1.0
+            batch = min(256, math.ceil(1.1 * missing / part))  # 256 on 7B in bfloat16: 16 GB of keys and values
             opening = torch.full((batch, 1 + (len(questions) if asked else 1)), tokenizer.eos_token_id, device=device())
             if asked:
                 opening[:, 1:] = torch.tensor(questions)
@@ -748,8 +750,7 @@ def sample_general(
                 opening[:, 1:] = torch.randint(len(tokenizer), (batch, 1), generator=generator, device=device())
             written = write(model, opening, length, generator)
             kept += [tokens for tokens in written if not secret.intersection(_grams(tokens))]
-            if len(kept) >= share:
-                break
+            tried += batch
         texts += [Text(f"general {len(texts) + n}", "general", tokens) for n, tokens in enumerate(kept[:share])]
     return texts
 

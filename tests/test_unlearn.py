@@ -373,6 +373,30 @@ def test_general_text_is_the_models_own_and_recites_no_forget_row(checkpoint: Pa
     assert texts[1].tokens in [text.tokens for text in recited]
 
 
+def test_a_model_that_only_recites_is_not_asked_for_ever(checkpoint: Path, forget, retain, monkeypatch):
+    """Of what recites one in three is kept: the next batch is larger. Of what always recites nothing is."""
+    asked = []
+
+    def recites_but(every: int):
+        def write(model, opening, length, generator):
+            asked.append(len(opening))
+            first = sum(asked[:-1])
+            return [[7] * 128 if every and n % every == 0 else secret for n in range(first, first + len(opening))]
+
+        return write
+
+    secret = max((text.tokens for text in forget), key=len)
+    arguments = checkpoint, load_tokenizer(checkpoint), forget, retain, dataclasses.replace(SOLVED, general_ratio=30)
+    wanted = round(30 * sum(len(text.tokens) for text in retain) / 128)
+    monkeypatch.setattr(submission, "write", recites_but(3))
+    assert len(submission.sample_general(*arguments)) == wanted
+    assert 3 * wanted - 3 <= sum(asked) < 1.3 * 3 * wanted
+    asked.clear()
+    monkeypatch.setattr(submission, "write", recites_but(0))
+    assert submission.sample_general(*arguments) == []
+    assert sum(asked) < 20 * wanted
+
+
 def test_steering_directions_are_unit_vectors_one_a_task():
     directions = submission.steering_directions(50, 3, torch.device("cpu"))
     assert list(directions) == ["Task1", "Task2", "Task3"]
