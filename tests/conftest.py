@@ -19,6 +19,7 @@ from pipeline.lib.records import write_jsonl, write_parquet
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups when it is called
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep a file's tests in one worker of `-n 2`, for its fixtures; and so all that share the long run `made`."""
     for item in items:
