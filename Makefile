@@ -32,7 +32,7 @@ coverage: .venv/installed
 	$(BIN)/coverage report
 
 test: check
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(CORES) --dist loadgroup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(CORES) --dist loadfile
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -12,21 +12,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import tokenizers
 import torch
+from filelock import FileLock
 from transformers import OlmoConfig, OlmoForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.lib.records import write_jsonl, write_parquet
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups when it is called
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's tests in one worker of `-n 2`, for its fixtures; and so all that share the long run `made`."""
-    for item in items:
-        shared = "made" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("made" if shared else item.path.name))
-
-
 SHARED = ROOT.parent / "shared" / "data"
 
 
@@ -129,8 +120,17 @@ def snakemake(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout in which tiny has been made."""
-    folder = tmp_path_factory.mktemp("made") / "checkout"
+    """A checkout in which tiny has been made: once for all workers of `-n 2`, each of which gets a copy of its own."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with FileLock(shared / "original.lock"):
+        if not (shared / "original").exists():
+            make_tiny(shared / "unfinished")
+            (shared / "unfinished").rename(shared / "original")
+    return shutil.copytree(shared / "original", tmp_path_factory.mktemp("made") / "checkout", symlinks=True)
+
+
+def make_tiny(folder: Path) -> None:
     files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     for name in files.stdout.splitlines():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -139,4 +139,3 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config.write_text(config.read_text().replace("full_report: true", "full_report: false"))
     done = snakemake(folder, *GOALS)
     assert done.returncode == 0, done.stderr[-4000:]
-    return folder
