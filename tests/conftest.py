@@ -2,10 +2,12 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, if begun in the background, by children too
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads only wait for each other
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
