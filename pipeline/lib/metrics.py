@@ -61,12 +61,12 @@ def auc(member_nll: Sequence[float], nonmember_nll: Sequence[float]) -> float:
     loss than a random non-member, ties counting half: 1 means members are still known, .5 that they look unseen, 0
     that they look stranger than unseen text. Empty sides and losses that are not finite raise `ValueError`.
     """
+    import sklearn.metrics  # here, for it takes over a second, and most that use this file never come here
+
     if not member_nll or not nonmember_nll:
         raise ValueError("a side has no loss")
     confidence = [-loss for loss in (*member_nll, *nonmember_nll)]
     is_member = [1] * len(member_nll) + [0] * len(nonmember_nll)
-    import sklearn.metrics  # here, for it takes over a second, and most that use this file never come here
-
     false_positive, true_positive, _ = sklearn.metrics.roc_curve(is_member, confidence)
     return float(sklearn.metrics.auc(false_positive, true_positive))
 
