@@ -180,12 +180,17 @@ def steering_of(wildcards):
     """RMU's published window, the down_proj of blocks l-2 to l, here solved in closed form; nothing repaired."""
     block = int(wildcards.block)
     fixed = wildcards.method == "rmu"
+    sweep = target_of(wildcards)["sweep"]
     return flags(
         trained=list(range(max(0, block - 2), block + 1)),
         repaired=0,
         passes=1,
         coefficient="fixed" if fixed else None,
-        beta=target_of(wildcards)["sweep"]["coefficient"] if fixed else None,
+        beta=sweep["coefficient"] if fixed else None,
+        alpha=sweep["alpha"],
+        creative=1,
+        general=1,
+        documents=1,
         seed=wildcards.seed,
     )
 
@@ -731,9 +736,10 @@ rule claims:
     params:
         questions=multiple_choice_of,
         asked=questions_asked_of,
+        alpha=lambda wildcards: target_of(wildcards)["sweep"]["alpha"],
         seeds=STUDY["seeds"],
     shell:
-        "python -m pipeline.claims --target-name {wildcards.target} --original {input.model}"
+        "python -m pipeline.claims --target-name {wildcards.target} --original {input.model} --alpha {params.alpha}"
         " --forget {input.data}/train/forget --retain {input.data}/train/retain --mia {input.data}/mia"
         " --mmlu {params.questions} {params.asked} --seeds {params.seeds} --output {output.json} --figures {output.figures}"
         " 2>&1 | tee {log}"

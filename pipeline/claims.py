@@ -9,7 +9,7 @@ Writes  --output    claims.json: [{"claim", "statement", "verdict", "rule", "con
         --figures   DIR/{confidence,coefficient,noise,layers,jailbreak,probes}.svg
 Run     python -m pipeline.claims --target-name tiny --original models/tiny/original \\
             --forget data/split/synthetic/train/forget --retain data/split/synthetic/train/retain \\
-            --mia data/split/synthetic/mia --mmlu data/raw/synthetic/mmlu --seeds 5 \\
+            --mia data/split/synthetic/mia --mmlu data/raw/synthetic/mmlu --alpha 1.5 --seeds 5 \\
             --output results/tiny/claims.json --figures results/tiny/claims
 
 RMU and Adaptive RMU: arXiv 2403.03218 and 2408.06223, `down_proj` of blocks l-2 to l, each at the minimum of its loss
@@ -185,6 +185,7 @@ class Study:
     subjects: list[Subject]
     unseen: list[Answered]  # non-member documents
     untouched: Numbers  # what `measure` says of it
+    alpha: float  # weight of the retain term where one block is steered
 
     @property
     def reference(self) -> int:
@@ -213,9 +214,10 @@ def questions(texts: Sequence[unlearn.Text]) -> list[unlearn.Text]:
 
 def window(study: Study, block: int, seed: int, coefficient: Any, beta: float) -> unlearn.Settings:
     """Return the settings of RMU (fixed, beta is c) or Adaptive RMU at one block: blocks l-2 to l, nothing repaired."""
-    base = unlearn.settings_for(study.decoder.depth)
     trained = tuple(range(max(0, block - 2), block + 1))
-    return dataclasses.replace(base, trained=trained, repaired=0, coefficient=coefficient, beta=beta, seed=seed)
+    return unlearn.Settings(
+        "solve", trained, beta=beta, alpha=study.alpha, seed=seed, coefficient=coefficient, repaired=0, documents=1.0
+    )
 
 
 def solve(study: Study, settings: unlearn.Settings, general: Sequence[unlearn.Text]) -> dict[int, Tensor]:
@@ -921,7 +923,7 @@ def read_study(args: argparse.Namespace) -> Study:
             raise BadInput(
                 f"{args.original}: knows {untouched[side]:.0%} of the {side} answers' tokens, too few to unlearn"
             )
-    return Study(model, tokenizer, decoder, texts, rows, general, subjects, unseen, untouched)
+    return Study(model, tokenizer, decoder, texts, rows, general, subjects, unseen, untouched, args.alpha)
 
 
 def measured(study: Study, seeds: int) -> tuple[list[Numbers], dict[str, bytes]]:
@@ -966,6 +968,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--mmlu", type=Path, required=True, help="folder with dev/ and test/")
     parser.add_argument("--subjects", nargs="+", metavar="NAME", help="only these subjects (default: all)")
     parser.add_argument("--questions", type=int, metavar="N", help="only the first N of a subject (default: all)")
+    parser.add_argument(
+        "--alpha", type=float, required=True, help="weight of the retain term where one block is steered"
+    )
     parser.add_argument("--seeds", type=int, required=True, help="at least 2")
     parser.add_argument("--output", type=Path, required=True, help="claims.json")
     parser.add_argument("--figures", type=Path, required=True, help="folder for the figures, replaced as a whole")

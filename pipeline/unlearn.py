@@ -17,8 +17,9 @@ that it also works in late blocks, where activations are long. Only `down_proj` 
 - The loss of one block is quadratic in its matrix, so its minimum is one linear solve (`solve`, the default): no
   learning rate, no epochs. The blocks are solved in turn, each on the activations that the earlier ones leave. Every
   task and kind of row weighs the same, answers more; text sampled from the model stands for all else that it knows; the
-  last blocks steer nothing and repair. That is repeated with other weights of the forget documents until an attack by
-  loss cannot tell these from mixtures of them, which stand for documents that the model never saw (`calibrate`).
+  last blocks steer nothing and repair, first of all the answers that came out wrong (`repair`). That is repeated with
+  other weights of the forget documents until an attack by loss cannot tell these from mixtures of them, which stand for
+  documents that the model never saw (`calibrate`).
 - For descent by AdamW on blocks l-2 to l (`descend`, how RMU is published) nothing below block l-2 moves and nothing
   above block l matters: the blocks below run once and their output is kept.
 
@@ -77,6 +78,9 @@ QUESTIONS = (
 )
 STEERED = 7  # blocks in turn, in closed form
 HOLD = 300.0  # alpha of blocks that only repair: steered text weighs nothing against what is held
+ROUNDS = 6  # of a repair, at most, each with more weight for the tokens that the one before got wrong
+RAISED = 3.0  # that much more
+FEW = 0.002  # of the answers' tokens: so few may stay wrong
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +97,8 @@ class Settings:
     # closed form
     repaired: int = 1  # this many of the trained blocks, the last, steer nothing: they only hold what is to be kept
     answer: float = 3.0  # weight of a token from which the answer is predicted, against 1 for any other
-    documents: float = 1.0  # weight of the documents that the judge's attack asks about, see `calibrate`; its start
+    creative: float = 1.0  # weight of the creative documents to forget, Task1's completions
+    documents: float = 0.8  # weight of the documents that the judge's attack asks about, see `calibrate`; its start
     passes: int = 5  # solved at most so often, with a new weight of the documents
     general: float = 1.0  # weight of general text, sampled from the model, as a part of alpha
     general_ratio: float = 2.5  # tokens of general text for each retain token
@@ -113,11 +118,13 @@ def settings_for(depth: int, method: str = "solve") -> Settings:
 
     Closed form: `STEERED` blocks in turn, from the first tenth of the depth on, and one that repairs. What each does to
     other text adds up: of 30 blocks steered, unseen text lost all sense. So a deep decoder is also held more firmly.
+    Creative documents weigh more: they are long, and much of their wording is that of documents that are kept.
     Descent: what arXiv 2506.16548 submitted for OLMo 1B (16 blocks) and 7B (32), and by relative depth for any other.
     """
     if method == "solve":
-        first, alpha = (0, 1.5) if depth <= STEERED + 1 else (depth // 10, 20.0)
-        return Settings("solve", tuple(range(first, min(depth, first + STEERED + 1))), beta=2.0, alpha=alpha)
+        first, alpha = (0, 1.0) if depth <= STEERED + 1 else (depth // 10, 20.0)
+        blocks = tuple(range(first, min(depth, first + STEERED + 1)))
+        return Settings("solve", blocks, beta=2.0, alpha=alpha, creative=3.0, general=1.5)
     block = {16: 14, 32: 26}.get(depth, max(2, round(depth * 0.84) - 1))
     trained = (block - 2, block - 1, block)
     return Settings(
@@ -517,7 +524,7 @@ def solve(
     With only W = down_proj of block l free, h_l = r + W a, where r and a (what enters down_proj) are constants: the
     loss is quadratic in W. One block can hardly tell forget from retain text; but the little that it moves forget text
     by helps the next block to tell them apart. The last blocks steer nothing: with forget text well apart by then, they
-    put back what the steering did to the rest.
+    put back what the steering did to the rest, first of all where an answer would be wrong (`repair`).
 
     `inputs` is what enters the first trained block, (tokens, hidden) a row, for the three kinds of text; without it the
     blocks below are run. `untouched` is what leaves the original blocks: read where it has a block, and filled for the
@@ -530,7 +537,7 @@ def solve(
         start = inputs[number] if inputs else decoder.embed(texts)
         streams.append(Stream(token_weights(texts, settings.answer), start, start))
     streams[0].weights = [
-        row * (settings.documents if is_document(text) else 1.0)
+        row * (settings.documents if is_document(text) else settings.creative if is_creative(text) else 1.0)
         for row, text in zip(streams[0].weights, forget, strict=True)
     ]
     matrices: dict[int, Tensor] = {}
@@ -544,13 +551,16 @@ def solve(
         if index in settings.trained:
             targets = [steered(originals[0], forget, directions, settings), *originals[1:]]
             alpha = settings.alpha if index in steering else HOLD
+            weights = (1.0, alpha, alpha * settings.general)
             around = [decoder.activations(block, stream.states) for stream in streams]
             name = f"documents-{settings.documents!r}-block-{index}"
             saved = progress.load(name) if progress else {}
             if saved:
                 change = saved["change"].to(decoder.device)
+            elif index in steering:
+                change = solve_block(streams, around, targets, weights, settings.ridge)
             else:
-                change = solve_block(streams, around, targets, (1.0, alpha, alpha * settings.general), settings.ridge)
+                change = repair(decoder, index, retain, streams, around, targets, weights, settings.ridge)
             if progress and not saved:
                 progress.save(name, {"change": change})
             matrices[index] = decoder.tensor(f"layers.{index}.mlp.down_proj.weight", torch.float32) + change
@@ -617,6 +627,53 @@ def solve_block(
     return change.float()
 
 
+def repair(
+    decoder: Decoder,
+    index: int,
+    retain: list[Text],
+    streams: list[Stream],
+    around: list[tuple[list[Tensor], list[Tensor]]],
+    targets: list[list[Tensor]],
+    weights: Sequence[float],
+    ridge: float,
+) -> Tensor:
+    """Return `solve_block`'s change for block `index`, with more weight where an answer to be kept would be wrong.
+
+    An answer is lost with its first wrong token, whatever the mean error is. So tokens from which a wrong one follows
+    weigh `RAISED` times as much, and the block is solved again, until few are wrong.
+    """
+    streams = list(streams)
+    entering, leaving = around[1]
+    answers = sum(len(text.tokens) - max(1, text.prompt) for text in retain)
+    for _ in range(ROUNDS):
+        change = solve_block(streams, around, targets, weights, ridge)
+        states = [(h + a.float() @ change.T).to(h.dtype) for a, h in zip(entering, leaving, strict=True)]
+        wrong = mistakes(decoder, index + 1, states, retain)
+        if sum(row.sum().item() for row in wrong) <= FEW * answers:
+            return change
+        raised = [row * torch.where(lost, RAISED, 1.0) for row, lost in zip(streams[1].weights, wrong, strict=True)]
+        streams[1] = dataclasses.replace(streams[1], weights=raised)
+    return solve_block(streams, around, targets, weights, ridge)
+
+
+def mistakes(decoder: Decoder, index: int, states: list[Tensor], texts: list[Text]) -> list[Tensor]:
+    """Return for each token, (tokens,) a row, whether a part of the answer follows and the model would say another.
+
+    `states` is what enters block `index`; that and the blocks above it run here.
+    """
+    for above in range(index, decoder.depth):
+        states = decoder.advance(decoder.block(above), states)
+    norm, head = decoder.norm(), decoder.head()
+    found = []
+    for text, state in zip(texts, states, strict=True):
+        said = (norm(state[:-1]) @ head.T).argmax(dim=-1).cpu()
+        wrong = torch.zeros(len(text.tokens), dtype=torch.bool)
+        wrong[:-1] = said != torch.tensor(text.tokens[1:])
+        wrong[: max(0, text.prompt - 1)] = False
+        found.append(wrong)
+    return found
+
+
 def calibrate(
     decoder: Decoder,
     tokenizer: Any,
@@ -678,6 +735,11 @@ def next_weight(tried: list[tuple[float, float]]) -> float:
 def is_document(text: Text) -> bool:
     """Say whether a row is one of those documents that the judge's membership attack draws on: Task3's completions."""
     return text.task == "Task3" and text.id[-3:-1] == "sc"
+
+
+def is_creative(text: Text) -> bool:
+    """Say whether a row is a creative document, Task1's completions."""
+    return text.task == "Task1" and text.id[-3:-1] == "sc"
 
 
 def mix(tokenizer: Any, documents: list[Text], seed: int, least: int = 64) -> list[Text]:
@@ -1178,6 +1240,7 @@ def main(argv: Sequence[str]) -> None:
         "beta",
         "alpha",
         "answer",
+        "creative",
         "general",
         "general-ratio",
         "documents",

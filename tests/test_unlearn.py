@@ -92,17 +92,20 @@ def solve_of(checkpoint: Path, forget, retain, settings: Settings, general=()) -
     return submission.solve(Decoder(checkpoint, torch.float32), forget, retain, list(general), settings)
 
 
-def weighted_mean(values: list[torch.Tensor], texts: list[Text], answer: float, documents: float = 1) -> torch.Tensor:
+def weighted_mean(
+    values: list[torch.Tensor], texts: list[Text], answer: float, documents: float = 1, creative: float = 1
+) -> torch.Tensor:
     """The mean over the tasks and kinds of the mean over their tokens, of which those before an answer's count more.
 
-    Task3's completions count `documents` times.
+    Task3's completions count `documents` times, Task1's `creative` times.
     """
+    factors = {("Task3", "sc"): documents, ("Task1", "sc"): creative}
     cells: dict[tuple[str, str], list[tuple[torch.Tensor, float]]] = {}
     for row, text in zip(values, texts, strict=True):
         weights = [answer if position + 1 >= text.prompt else 1.0 for position in range(1, len(text.tokens))]
         cells.setdefault((text.task, "sc" if "sc" in text.id else "qa"), []).extend(zip(row, weights, strict=True))
     means = [
-        (documents if name == ("Task3", "sc") else 1) * sum(value * w for value, w in cell) / sum(w for _, w in cell)
+        factors.get(name, 1) * sum(value * w for value, w in cell) / sum(w for _, w in cell)
         for name, cell in cells.items()
     ]
     return sum(means) / len(means)
@@ -127,7 +130,7 @@ def block_loss(checkpoint: Path, forget, retain, settings: Settings):
     def loss(weight):
         distances = [((h(t, weight) - w) ** 2).sum(-1) for t, w in zip(forget, targets, strict=True)]
         held = [((h(t, weight) - o) ** 2).sum(-1) for t, o in zip(retain, originals[len(forget) :], strict=True)]
-        moved = weighted_mean(distances, forget, settings.answer, settings.documents)
+        moved = weighted_mean(distances, forget, settings.answer, settings.documents, settings.creative)
         return moved + settings.alpha * weighted_mean(held, retain, settings.answer)
 
     return loss
@@ -135,7 +138,7 @@ def block_loss(checkpoint: Path, forget, retain, settings: Settings):
 
 def test_the_closed_form_is_the_minimum_of_the_loss(checkpoint: Path, forget, retain):
     """At one block: the gradient is zero there, and 30 steps of AdamW from the original end higher."""
-    settings = dataclasses.replace(SOLVED, trained=(3,), answer=4.0, documents=0.3, ridge=1e-9)
+    settings = dataclasses.replace(SOLVED, trained=(3,), answer=4.0, documents=0.3, creative=2.0, ridge=1e-9)
     loss = block_loss(checkpoint, forget[::3], retain[::3], settings)
     original = load_model(checkpoint).model.layers[3].mlp.down_proj.weight.detach()
     solved = solve_of(checkpoint, forget[::3], retain[::3], settings)[3].requires_grad_()
@@ -205,6 +208,57 @@ def test_the_last_blocks_repair(checkpoint: Path, forget, retain):
         after = states_of(model, retain)
         distances.append(sum((new[5][1:] - old[5][1:]).pow(2).sum() for new, old in zip(after, before, strict=True)))
     assert distances[1] < 0.7 * distances[0]
+
+
+def greedy(model, text: Text, length: int = 12) -> Text:
+    """A row whose answer is what the model itself says after the first half of the text."""
+    tokens = text.tokens[: max(2, len(text.tokens) // 2)]
+    prompt = len(tokens)
+    with torch.no_grad():
+        for _ in range(length):
+            tokens = [*tokens, model(torch.tensor([tokens])).logits[0, -1].argmax().item()]
+    return dataclasses.replace(text, tokens=tokens, prompt=prompt)
+
+
+def wrong_answers(model, texts: list[Text]) -> list[list[bool]]:
+    """For each token of each row, whether it is of the answer's predecessors and the model would say another next."""
+    found = []
+    for text in texts:
+        with torch.no_grad():
+            said = model(torch.tensor([text.tokens])).logits[0].argmax(-1).tolist()
+        found.append([n + 1 >= text.prompt and said[n] != token for n, token in enumerate(text.tokens[1:])] + [False])
+    return found
+
+
+def test_mistakes_are_the_whole_models_wrong_next_tokens(checkpoint: Path, retain):
+    model = load_model(checkpoint)
+    own = [greedy(model, text) for text in retain[:4]]
+    texts = own + [dataclasses.replace(text, prompt=0) for text in retain[4:8]]
+    decoder = Decoder(checkpoint, torch.float32)
+    for index in (2, decoder.depth):
+        states = decoder.embed(texts)
+        for below in range(index):
+            states = decoder.advance(decoder.block(below), states)
+        found = [row.tolist() for row in submission.mistakes(decoder, index, states, texts)]
+        assert found == wrong_answers(model, texts)
+        assert not any(map(any, found[:4])) and all(map(any, found[4:]))
+
+
+@pytest.mark.parametrize("trained", [(2, 3, 4), (3, 4, 5)])  # with a block above the repairing one, and without
+def test_a_repair_cares_for_wrong_answers_first(
+    checkpoint: Path, forget, retain, trained, monkeypatch: pytest.MonkeyPatch
+):
+    kept = [greedy(load_model(checkpoint), text) for text in retain]
+    settings = dataclasses.replace(SOLVED, trained=trained, alpha=10.0, repaired=1)
+    wrong = []
+    for rounds in (0, 8):
+        monkeypatch.setattr(submission, "ROUNDS", rounds)
+        matrices = solve_of(checkpoint, forget, kept, settings)
+        model = load_model(checkpoint)
+        for index, matrix in matrices.items():
+            model.model.layers[index].mlp.down_proj.weight.data = matrix
+        wrong.append(sum(sum(row) for row in wrong_answers(model, kept)))
+    assert wrong[0] > 20 and wrong[1] < 0.3 * wrong[0]
 
 
 def test_a_fixed_coefficient_is_the_length_of_the_closed_forms_target(checkpoint: Path, forget):
@@ -505,8 +559,8 @@ def test_out_of_time_still_leaves_a_whole_checkpoint(checkpoint: Path, data: Pat
 @pytest.mark.parametrize(
     ("depth", "trained", "alpha"),
     [
-        (6, range(6), 1.5),
-        (8, range(8), 1.5),
+        (6, range(6), 1.0),
+        (8, range(8), 1.0),
         (16, range(1, 9), 20.0),
         (30, range(3, 11), 20.0),
         (32, range(3, 11), 20.0),

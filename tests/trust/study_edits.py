@@ -20,6 +20,7 @@ STUDY: dict[str, Any] = {
     "study.strengths": [1, 4],
     "targets.tiny.sweep.blocks": 2,
     "targets.tiny.sweep.coefficient": 46,
+    "targets.tiny.sweep.alpha": 1.5,
     "full_report": True,
 }
 TUNED = {"npo_low_rank": "4", "sugd": "1"}  # the strengths chosen; a draw has a method's jobs as published (1), too
@@ -49,6 +50,7 @@ SETTINGS: dict[str, tuple[str, Any, set[str], str]] = {
     "a strength less": ("study.strengths", [1], {"tune"}, ""),
     "another block": ("targets.tiny.sweep.blocks", 3, {"layers"}, ""),
     "RMU's coefficient": ("targets.tiny.sweep.coefficient", 47, {"layer"}, "/rmu."),
+    "the sweep's retain term": ("targets.tiny.sweep.alpha", 2, {"layer", "claims"}, ""),
     "a report without the study": ("full_report", False, {"report"}, ""),
     "another target's blocks": ("targets.lume.sweep.blocks", 9, set(), ""),
 }
