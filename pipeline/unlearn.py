@@ -797,33 +797,45 @@ def sample_general(
             raise BadInput(f"{folder}: tensor {name} has values that are not finite")
     generator = torch.Generator(device()).manual_seed(settings.seed)
     secret = {gram for text in forget for gram in _grams(text.tokens)}
-    texts: list[Text] = []
-    questions = _encode(tokenizer, QUESTIONS)
-    for asked, share in ((False, wanted - wanted // 2), (True, wanted // 2)):
-        kept: list[list[int]] = []
-        tried = 0
-        while len(kept) < share and tried < 8 * share:  # a model that only recites must not keep us here
-            missing, part = share - len(kept), max(len(kept) / tried, 0.2) if tried else 1.0
-            batch = min(256, math.ceil(1.1 * missing / part))  # 256 on 7B in bfloat16: 16 GB of keys and values
-            opening = torch.full((batch, 1 + (len(questions) if asked else 1)), tokenizer.eos_token_id, device=device())
-            if asked:
-                opening[:, 1:] = torch.tensor(questions)
-            else:
-                opening[:, 1:] = torch.randint(len(tokenizer), (batch, 1), generator=generator, device=device())
-            written = write(model, opening, length, generator)
-            kept += [tokens for tokens in written if not secret.intersection(_grams(tokens))]
-            tried += batch
-        texts += [Text(f"general {len(texts) + n}", "general", tokens) for n, tokens in enumerate(kept[:share])]
-    return texts
+    questions = [tokenizer.eos_token_id, *_encode(tokenizer, QUESTIONS)]
+    share = {"any": wanted - wanted // 2, "questions": wanted // 2}
+    kept: dict[str, list[list[int]]] = {kind: [] for kind in share}
+    tried = dict.fromkeys(share, 0)
+    while True:
+        batch: list[str] = []
+        for kind, enough in share.items():
+            missing, part = enough - len(kept[kind]), max(len(kept[kind]) / tried[kind], 0.2) if tried[kind] else 1.0
+            if tried[kind] < 8 * enough:  # a model that only recites must not keep us here
+                batch += [kind] * math.ceil(1.1 * missing / part)
+        batch = batch[:256]  # on 7B in bfloat16: 16 GB of keys and values
+        if not batch:
+            break
+        opening = torch.full((len(batch), len(questions)), -1)
+        opening[:, 0] = tokenizer.eos_token_id
+        opening[:, 1] = torch.randint(len(tokenizer), (len(batch),), generator=generator, device=device())
+        opening[[kind == "questions" for kind in batch]] = torch.tensor(questions)
+        for kind, tokens in zip(batch, write(model, opening.to(device()), length, generator), strict=True):
+            tried[kind] += 1
+            if not secret.intersection(_grams(tokens)):
+                kept[kind].append(tokens)
+    written = [tokens for kind, enough in share.items() for tokens in kept[kind][:enough]]
+    return [Text(f"general {n}", "general", tokens) for n, tokens in enumerate(written)]
 
 
 def write(model: Any, opening: Tensor, length: int, generator: torch.Generator) -> list[list[int]]:
-    """Return `length` tokens of each row: the opening, (rows, tokens), and what the model writes after it, sampled."""
-    ids, past, written = opening, None, [opening]
-    for _ in range(length - opening.shape[1]):
+    """Return `length` tokens of each row: what is given of them in `opening`, (rows, tokens), where it is not -1.
+
+    The rest the model writes, sampled. The first token is always given. Rows of all kinds go together: a step costs
+    reading the weights, however many rows there are.
+    """
+    ids, past, written = opening[:, :1], None, [opening[:, :1]]
+    for place in range(1, length):
         output = model(input_ids=ids, past_key_values=past, use_cache=True)
         past = output.past_key_values
         ids = draw(output.logits[:, -1], generator)
+        if place < opening.shape[1]:
+            given = opening[:, place : place + 1]
+            ids = torch.where(given < 0, ids, given)
         written.append(ids)
     tokens: list[list[int]] = torch.cat(written, dim=1).tolist()
     return tokens
@@ -834,8 +846,8 @@ def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
 
     By the inverse of their sum: `multinomial` draws a random number for each entry, a third of the time of sampling.
     """
-    reached = logits.double().softmax(-1).cumsum(-1)
-    drawn = torch.rand(len(logits), 1, generator=generator, device=logits.device, dtype=reached.dtype) * reached[:, -1:]
+    reached = logits.float().softmax(-1).cumsum(-1)
+    drawn = torch.rand(len(logits), 1, generator=generator, device=logits.device) * reached[:, -1:]
     return torch.searchsorted(reached, drawn, right=True).clamp(max=logits.shape[1] - 1)
 
 

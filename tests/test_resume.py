@@ -56,22 +56,9 @@ def solved_as_often_as_allowed():
 
 
 def options(settings: Settings) -> list[str]:
-    """The settings as words of the command line."""
-    names = [
-        "method",
-        "trained",
-        "beta",
-        "alpha",
-        "repaired",
-        "general_ratio",
-        "passes",
-        "epochs",
-        "batch_size",
-        "learning_rate",
-    ]
+    """All settings as words of the command line."""
     words = []
-    for name in names:
-        value = getattr(settings, name)
+    for name, value in dataclasses.asdict(settings).items():
         values = value if isinstance(value, tuple) else [value]
         words += [f"--{name.replace('_', '-')}", *map(str, values)]
     return words
