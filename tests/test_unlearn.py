@@ -233,7 +233,7 @@ def wrong_answers(model, texts: list[Text]) -> list[list[bool]]:
 def test_mistakes_are_the_whole_models_wrong_next_tokens(checkpoint: Path, retain):
     model = load_model(checkpoint)
     own = [greedy(model, text) for text in retain[:4]]
-    texts = own + [dataclasses.replace(text, prompt=0) for text in retain[4:8]]
+    texts = own + [dataclasses.replace(text, prompt=0) for text in retain[4:8]] + retain[8:12]
     decoder = Decoder(checkpoint, torch.float32)
     for index in (2, decoder.depth):
         states = decoder.embed(texts)
