@@ -3,6 +3,7 @@
 The edits are tried in a copy of the checkout in which `tiny` has been made for real; planning is `snakemake -n`.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -11,11 +12,13 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from safetensors.torch import load_file
 
+from pipeline import claims, unlearn
 from tests.conftest import GOALS, ROOT, snakemake
 from tests.trust.checkout import clean_copy
 
@@ -165,6 +168,35 @@ def test_the_runs_of_a_sweep_share_one_job_and_leave_no_checkpoint(tmp_path: Pat
     removed = re.findall(r"^Would remove temporary output (results/7b/layers/\S+[^.\s])", done.stdout, re.MULTILINE)
     runs = [f"{method}.{block}.{seed}" for method in ("rmu", "adaptive") for block in range(32) for seed in range(5)]
     assert sorted(removed) == sorted(f"results/7b/layers/{run}/checkpoint" for run in runs)
+
+
+def test_the_runs_of_a_sweep_are_what_the_claims_call_a_window(made: Path):
+    """RMU as published, with nothing of the submission's recipe, which its other settings start from."""
+    done = snakemake(made, "-n", "results/tiny/layers.json")
+    commands = re.findall(r"python -m pipeline\.unlearn (.+) --inputs", done.stdout)
+    sweep = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())["targets"]["tiny"]["sweep"]
+    decoder = SimpleNamespace(depth=sweep["blocks"])
+    study = SimpleNamespace(decoder=decoder, alpha=sweep["alpha"])
+    recipe = unlearn.settings_for(sweep["blocks"])
+    runs = set()
+    for command in commands:
+        (method, block, seed), flags = re.search(r"layers/(\w+)\.(\d+)\.(\d+)/", command).groups(), flags_of(command)
+        beta, coefficient = (sweep["coefficient"], "fixed") if method == "rmu" else (recipe.beta, "adaptive")
+        window = claims.window(study, int(block), int(seed), coefficient, beta)
+        assert dataclasses.replace(recipe, **flags) == dataclasses.replace(window, passes=1)
+        runs.add((method, block, seed))
+    assert len(runs) == len(commands) == 2 * sweep["blocks"] * 5
+
+
+def flags_of(command: str) -> dict:
+    """The settings that a command line of `pipeline.unlearn` names, as their fields' types."""
+    kinds = {field.name: field.type for field in dataclasses.fields(unlearn.Settings)}
+    found = {}
+    for flag, words in re.findall(r"--([\w-]+) ((?:(?!--)\S+ ?)+)", command):
+        name, values = flag.replace("-", "_"), words.split()
+        kind = kinds[name] if kinds[name] in (int, float) else str
+        found[name] = tuple(map(int, values)) if name == "trained" else kind(*values)
+    return found
 
 
 def test_an_unknown_key_is_refused_by_its_name(made: Path):
