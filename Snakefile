@@ -190,7 +190,6 @@ def steering_of(wildcards):
         alpha=sweep["alpha"],
         creative=1,
         general=1,
-        documents=1,
         seed=wildcards.seed,
     )
 

@@ -216,7 +216,7 @@ def window(study: Study, block: int, seed: int, coefficient: Any, beta: float) -
     """Return the settings of RMU (fixed, beta is c) or Adaptive RMU at one block: blocks l-2 to l, nothing repaired."""
     trained = tuple(range(max(0, block - 2), block + 1))
     return unlearn.Settings(
-        "solve", trained, beta=beta, alpha=study.alpha, seed=seed, coefficient=coefficient, repaired=0, documents=1.0
+        "solve", trained, beta=beta, alpha=study.alpha, seed=seed, coefficient=coefficient, repaired=0
     )
 
 

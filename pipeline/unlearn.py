@@ -73,6 +73,9 @@ PIECE = 4  # words of a forget document that stay together in a mixture
 COHERENCE = 0.79  # the loss of an unseen document over that of a mixture: its words belong together; see `calibrate`
 NEAR = 0.5  # standard errors from .5 at which the estimated AUC is as good as .5
 USUAL_SLOPE = -0.35  # of the AUC against the log weight of the documents, as seen on small models
+NOVEL = 3  # words: so many in a row of a row that was memorised are not written again; see `continuations`
+OPENED = 3  # tokens of a retain row that open a text of its kind
+TEMPERATURE = 1.15  # of sampled text
 QUESTIONS = (
     "The following are multiple choice questions (with answers) about"  # the model goes on with subjects it knows
 )
@@ -98,7 +101,7 @@ class Settings:
     repaired: int = 1  # this many of the trained blocks, the last, steer nothing: they only hold what is to be kept
     answer: float = 3.0  # weight of a token from which the answer is predicted, against 1 for any other
     creative: float = 1.0  # weight of the creative documents to forget, Task1's completions
-    documents: float = 0.8  # weight of the documents that the judge's attack asks about, see `calibrate`; its start
+    documents: float = 1.0  # weight of the documents that the judge's attack asks about, see `calibrate`; its start
     passes: int = 5  # solved at most so often, with a new weight of the documents
     general: float = 1.0  # weight of general text, sampled from the model, as a part of alpha
     general_ratio: float = 2.5  # tokens of general text for each retain token
@@ -500,12 +503,11 @@ def token_weights(texts: list[Text], answer: float) -> list[Tensor]:
         row[max(0, text.prompt - 1) :] = answer
         row[0] = 0.0
         weights.append(row)
-    # A row's id ends in sc or qa, and a digit; general text is all of one kind.
-    cells = [(text.task, text.id[-3:-1] if text.task in TASKS else "") for text in texts]
+    kinds = [kind_of(text) for text in texts]
     totals = {
-        cell: sum(row.sum() for row, own in zip(weights, cells, strict=True) if own == cell) for cell in set(cells)
+        kind: sum(row.sum() for row, own in zip(weights, kinds, strict=True) if own == kind) for kind in set(kinds)
     }
-    return [row / totals[cell] / len(totals) for row, cell in zip(weights, cells, strict=True)]
+    return [row / totals[kind] / len(totals) for row, kind in zip(weights, kinds, strict=True)]
 
 
 @torch.no_grad()
@@ -732,14 +734,19 @@ def next_weight(tried: list[tuple[float, float]]) -> float:
     return weight - max(-1.5, min(1.5, off / slope))
 
 
+def kind_of(text: Text) -> tuple[str, str]:
+    """Return a row's task and its kind, "sc" or "qa" (its id ends so, with a digit); general text is of one kind."""
+    return text.task, text.id[-3:-1] if text.task in TASKS else ""
+
+
 def is_document(text: Text) -> bool:
     """Say whether a row is one of those documents that the judge's membership attack draws on: Task3's completions."""
-    return text.task == "Task3" and text.id[-3:-1] == "sc"
+    return kind_of(text) == ("Task3", "sc")
 
 
 def is_creative(text: Text) -> bool:
     """Say whether a row is a creative document, Task1's completions."""
-    return text.task == "Task1" and text.id[-3:-1] == "sc"
+    return kind_of(text) == ("Task1", "sc")
 
 
 def mix(tokenizer: Any, documents: list[Text], seed: int, least: int = 64) -> list[Text]:
@@ -778,12 +785,13 @@ def losses(decoder: Decoder, matrices: dict[int, Tensor], texts: list[Text]) -> 
 def sample_general(
     folder: Path, tokenizer: Any, forget: list[Text], retain: list[Text], settings: Settings
 ) -> list[Text]:
-    """Return text that the model itself writes, half of it after any token, half of it opened as MMLU's prompts are.
+    """Return text that the model itself writes, half of it opened as a retain row is, half as MMLU's prompts are.
 
-    A sample of all else that it knows, also of questions and their answers: after an end-of-text token alone, a model
-    may write nothing but what it has memorised last. Texts that recite a forget row, eight tokens in a row or more, are
-    left out. The rest holds in place the general knowledge that the retain rows do not touch; no data but the model's
-    own enters.
+    A sample of all else that it knows, held in place as the retain rows do not touch it: other text of the rows' own
+    kinds, which suffers first, and questions with their answers. Rows that it has memorised it may not write
+    (`continuations`), for what it recites is held already, or to be forgotten; nor may it end a text, to go on with one
+    of another kind. Unseen text is more surprising than what a model likes to write: so it is drawn at a temperature
+    above 1. No data but the model's own enters.
     """
     length = 128
     wanted = round(settings.general_ratio * sum(len(text.tokens) for text in retain) / length)
@@ -796,49 +804,62 @@ def sample_general(
         if not weight.isfinite().all():
             raise BadInput(f"{folder}: tensor {name} has values that are not finite")
     generator = torch.Generator(device()).manual_seed(settings.seed)
-    secret = {gram for text in forget for gram in _grams(text.tokens)}
+    kinds = sorted({kind_of(text) for text in retain})
+    rows = [[text.tokens for text in retain if kind_of(text) == kind] for kind in kinds]
     questions = [tokenizer.eos_token_id, *_encode(tokenizer, QUESTIONS)]
-    share = {"any": wanted - wanted // 2, "questions": wanted // 2}
-    kept: dict[str, list[list[int]]] = {kind: [] for kind in share}
-    tried = dict.fromkeys(share, 0)
-    while True:
-        batch: list[str] = []
-        for kind, enough in share.items():
-            missing, part = enough - len(kept[kind]), max(len(kept[kind]) / tried[kind], 0.2) if tried[kind] else 1.0
-            if tried[kind] < 8 * enough:  # a model that only recites must not keep us here
-                batch += [kind] * math.ceil(1.1 * missing / part)
-        batch = batch[:256]  # on 7B in bfloat16: 16 GB of keys and values
-        if not batch:
-            break
-        opening = torch.full((len(batch), len(questions)), -1)
-        opening[:, 0] = tokenizer.eos_token_id
-        opening[:, 1] = torch.randint(len(tokenizer), (len(batch),), generator=generator, device=device())
-        opening[[kind == "questions" for kind in batch]] = torch.tensor(questions)
-        for kind, tokens in zip(batch, write(model, opening.to(device()), length, generator), strict=True):
-            tried[kind] += 1
-            if not secret.intersection(_grams(tokens)):
-                kept[kind].append(tokens)
-    written = [tokens for kind, enough in share.items() for tokens in kept[kind][:enough]]
+    openings = []
+    for number in range(wanted):
+        own = rows[number // 2 % len(rows)]
+        row = own[int(torch.randint(len(own), (1,), generator=generator, device=device()))]
+        openings.append(questions if number % 2 else row[:OPENED])
+    barred = continuations(tokenizer, forget + retain)
+    written: list[list[int]] = []
+    for first in range(0, wanted, 256):  # on 7B in bfloat16: 16 GB of keys and values
+        written += write(model, openings[first : first + 256], length, generator, barred, tokenizer.eos_token_id)
     return [Text(f"general {n}", "general", tokens) for n, tokens in enumerate(written)]
 
 
-def write(model: Any, opening: Tensor, length: int, generator: torch.Generator) -> list[list[int]]:
-    """Return `length` tokens of each row: what is given of them in `opening`, (rows, tokens), where it is not -1.
+def continuations(tokenizer: Any, texts: list[Text]) -> dict[tuple[int, ...], list[int]]:
+    """Return for each run of tokens in the texts, about `NOVEL` words less one token, the tokens that follow it."""
+    words = sum(len(tokenizer.decode(text.tokens).split()) for text in texts)
+    length = max(2, round(NOVEL * sum(len(text.tokens) for text in texts) / max(1, words)))
+    found: dict[tuple[int, ...], list[int]] = {}
+    for text in texts:
+        for end in range(length, len(text.tokens) + 1):
+            found.setdefault(tuple(text.tokens[end - length : end - 1]), []).append(text.tokens[end - 1])
+    return found
 
-    The rest the model writes, sampled. The first token is always given. Rows of all kinds go together: a step costs
-    reading the weights, however many rows there are.
+
+@torch.no_grad()
+def write(
+    model: Any,
+    openings: list[list[int]],
+    length: int,
+    generator: torch.Generator,
+    barred: dict[tuple[int, ...], list[int]],
+    end: int,
+) -> list[list[int]]:
+    """Return `length` tokens a row: its opening, and what the model goes on with, sampled.
+
+    No row goes on as `barred` has it, by the last tokens (all runs of one length) those that may not follow; nor with
+    the token `end`.
     """
-    ids, past, written = opening[:, :1], None, [opening[:, :1]]
+    reach = len(next(iter(barred), ()))
+    rows = [opening[:1] for opening in openings]
+    past = None
     for place in range(1, length):
-        output = model(input_ids=ids, past_key_values=past, use_cache=True)
+        last = torch.tensor([row[-1:] for row in rows], device=generator.device)
+        output = model(input_ids=last, past_key_values=past, use_cache=True)
         past = output.past_key_values
-        ids = draw(output.logits[:, -1], generator)
-        if place < opening.shape[1]:
-            given = opening[:, place : place + 1]
-            ids = torch.where(given < 0, ids, given)
-        written.append(ids)
-    tokens: list[list[int]] = torch.cat(written, dim=1).tolist()
-    return tokens
+        logits = output.logits[:, -1].float()
+        logits[:, end] = -math.inf
+        for number, row in enumerate(rows):
+            if known := barred.get(tuple(row[-reach:])):
+                logits[number, known] = -math.inf
+        drawn = draw(logits / TEMPERATURE, generator)[:, 0].tolist()
+        for row, opening, token in zip(rows, openings, drawn, strict=True):
+            row.append(opening[place] if place < len(opening) else token)
+    return rows
 
 
 def draw(logits: Tensor, generator: torch.Generator) -> Tensor:

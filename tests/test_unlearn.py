@@ -412,43 +412,82 @@ def test_one_pass_measures_no_losses(checkpoint: Path, forget, retain, monkeypat
     assert all(torch.equal(found[index], expected[index]) for index in SOLVED.trained)
 
 
-def test_general_text_is_the_models_own_and_recites_no_forget_row(checkpoint: Path, forget, retain):
+def runs_of(tokens: list[int], length: int, start: int = 0) -> set[tuple[int, ...]]:
+    """All runs of so many tokens that end after the first `start`."""
+    return {tuple(tokens[n : n + length]) for n in range(max(0, start - length + 1), len(tokens) - length + 1)}
+
+
+def test_general_text_opens_as_retain_rows_and_questions_do_and_recites_no_row(checkpoint: Path, forget, retain, rows):
     tokenizer = load_tokenizer(checkpoint)
-    texts = submission.sample_general(checkpoint, tokenizer, forget, retain, SOLVED)
-    assert len(texts) == round(sum(len(text.tokens) for text in retain) / 128)
-    end, opening = [tokenizer.eos_token_id], tokenizer(submission.QUESTIONS).input_ids
-    asked = [text.tokens[: len(end + opening)] == end + opening for text in texts]
-    assert all(text.tokens[:1] == end and len(text.tokens) == 128 for text in texts)
-    free = texts[: len(texts) - len(texts) // 2]
-    assert len(free) > 1 and len({text.tokens[1] for text in free}) > 1  # each is opened by a token of its own
-    assert asked == [False] * (len(texts) - len(texts) // 2) + [True] * (len(texts) // 2) and any(asked)
-    recited = submission.sample_general(checkpoint, tokenizer, [*forget, texts[0]], retain, SOLVED)
-    assert texts[0].tokens not in [text.tokens for text in recited]
-    assert texts[1].tokens in [text.tokens for text in recited]
+    settings = dataclasses.replace(SOLVED, general_ratio=100.0)  # more than one batch
+    texts = submission.sample_general(checkpoint, tokenizer, forget, retain, settings)
+    assert len(texts) == round(100 * sum(len(text.tokens) for text in retain) / 128) > 256
+    assert all(len(text.tokens) == 128 for text in texts)
+    end = tokenizer.eos_token_id
+    asked = [end, *tokenizer(submission.QUESTIONS).input_ids]
+    assert all(text.tokens[: len(asked)] == asked for text in texts[1::2])
+    kinds = sorted({(text.task, text.id[-3:-1]) for text in retain})
+    opened = [{tuple(text.tokens[:3]) for text in retain if (text.task, text.id[-3:-1]) == kind} for kind in kinds]
+    for number, text in enumerate(texts[::2]):  # each kind of row in turn
+        assert tuple(text.tokens[:3]) in opened[number % len(kinds)]
+    assert {tuple(text.tokens[:3]) for text in texts[::2]} == set.union(*opened)  # and any row of a kind
+    assert not any(end in text.tokens[1:] for text in texts)
+
+    words = sum(len(f"{row['input']} {row['output']}".split()) for side in rows for row in rows[side])
+    length = round(3 * sum(len(text.tokens) for text in forget + retain) / words)  # of three words
+    memorised = set.union(*(runs_of(text.tokens, length) for text in forget + retain))
+    for number, text in enumerate(texts):
+        assert not runs_of(text.tokens, length, len(asked) if number % 2 else 3) & memorised
 
 
-def test_a_model_that_only_recites_is_not_asked_for_ever(checkpoint: Path, forget, retain, monkeypatch):
-    """Of what recites one in three is kept: the next batch is larger. Of what always recites nothing is."""
-    asked = []
+def test_continuations_are_what_follows_each_run_of_the_texts(checkpoint: Path):
+    """Texts of letters and spaces, a token each."""
+    tokenizer = load_tokenizer(checkpoint)
+    space, a, b, c, d = tokenizer.convert_tokens_to_ids([*"Ġabcd"])
+    spaced = [
+        Text("", "Task1", [a, space, b, space, c, space, a, space, b, space, d]),
+        Text("", "Task1", [b, space, c]),
+    ]
+    found = submission.continuations(tokenizer, spaced)  # 14 tokens, 8 words: runs of round(5.25) = 5
+    assert found == {
+        (a, space, b, space): [c, d],
+        (space, b, space, c): [space],
+        (b, space, c, space): [a],
+        (space, c, space, a): [space],
+        (c, space, a, space): [b],
+        (space, a, space, b): [space],
+    }
+    assert submission.continuations(tokenizer, [Text("", "Task1", [a, b, c, d])]) == {}  # three such words: 12 tokens
 
-    def recites_but(every: int):
-        def write(model, opening, length, generator):
-            asked.append(len(opening))
-            first = sum(asked[:-1])
-            return [[7] * 128 if every and n % every == 0 else secret for n in range(first, first + len(opening))]
 
-        return write
+def test_what_is_barred_is_not_written_and_nothing_else_changes(checkpoint: Path):
+    """The same random numbers write the same until a run would be complete; there they write another token."""
+    model, end = load_model(checkpoint), 0
+    openings = [[n, n + 1] for n in range(40, 60)]
+    free = submission.write(model, openings, 24, torch.Generator().manual_seed(1), {}, end)
+    barred = {tuple(row[8:11]): [row[11]] for row in free}
+    assert len(barred) == len(free)
+    held = submission.write(model, openings, 24, torch.Generator().manual_seed(1), barred, end)
+    for before, after in zip(free, held, strict=True):
+        assert len(after) == 24 and after[:2] == before[:2]
+        assert after[:11] == before[:11] and after[11] != before[11]
+        assert not any(after[n] in barred.get(tuple(after[n - 3 : n]), []) for n in range(3, 24))
+    assert any(row[12:] != other[12:] for row, other in zip(free, held, strict=True))
 
-    secret = max((text.tokens for text in forget), key=len)
-    arguments = checkpoint, load_tokenizer(checkpoint), forget, retain, dataclasses.replace(SOLVED, general_ratio=30)
-    wanted = round(30 * sum(len(text.tokens) for text in retain) / 128)
-    monkeypatch.setattr(submission, "write", recites_but(3))
-    assert len(submission.sample_general(*arguments)) == wanted
-    assert 3 * wanted - 3 <= sum(asked) < 1.3 * 3 * wanted
-    asked.clear()
-    monkeypatch.setattr(submission, "write", recites_but(0))
-    assert submission.sample_general(*arguments) == []
-    assert sum(asked) < 20 * wanted
+
+def test_text_is_drawn_at_a_temperature_above_one_without_the_end(checkpoint: Path):
+    """Against the softmax of the logits over 1.15: the share of the likeliest 30 tokens, which tells temperatures."""
+    model, end, draws = load_model(checkpoint), 7, 50000
+    rows = submission.write(model, [[50]] * draws, 2, torch.Generator().manual_seed(0), {}, end)
+    with torch.no_grad():
+        logits = model(torch.tensor([[50]])).logits[0, -1]
+    logits[end] = -math.inf
+    likely = logits.topk(30).indices.tolist()
+    expected, plain = ((logits / temperature).softmax(-1)[likely].sum().item() for temperature in (1.15, 1.0))
+    drawn = [row[1] for row in rows]
+    error = math.sqrt(expected * (1 - expected) / draws)
+    assert abs(sum(token in likely for token in drawn) / draws - expected) < 4 * error < (plain - expected) / 2
+    assert end not in drawn
 
 
 def test_steering_directions_are_unit_vectors_one_a_task():
