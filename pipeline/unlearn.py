@@ -891,10 +891,6 @@ def read_inputs(
         return general, [list(file.get_tensor(name).to(decoder.device).split(lengths[name])) for name in sides]
 
 
-def _grams(tokens: list[int], length: int = 8) -> Iterator[tuple[int, ...]]:
-    return (tuple(tokens[n : n + length]) for n in range(len(tokens) - length + 1))
-
-
 # ---- the loss, and its descent ----
 
 
