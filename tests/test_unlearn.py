@@ -440,6 +440,22 @@ def test_general_text_opens_as_retain_rows_and_questions_do_and_recites_no_row(c
         assert not runs_of(text.tokens, length, len(asked) if number % 2 else 3) & memorised
 
 
+def test_what_the_model_would_write_is_not_written_once_a_row_of_either_side_has_it(checkpoint: Path, forget, retain):
+    """The second text opens as a question, and the random numbers stay the same."""
+    tokenizer = load_tokenizer(checkpoint)
+
+    def second(forget, retain):
+        ratio = 4 * 128 / sum(len(text.tokens) for text in retain)
+        settings = dataclasses.replace(SOLVED, general_ratio=ratio)
+        return submission.sample_general(checkpoint, tokenizer, forget, retain, settings)[1].tokens
+
+    free = second(forget, retain)
+    row = Text("Task2n9sc1", "Task2", free)
+    assert second(forget, retain) == free
+    assert second([*forget, row], retain) != free
+    assert second(forget, [*retain, row]) != free
+
+
 def test_continuations_are_what_follows_each_run_of_the_texts(checkpoint: Path):
     """Texts of letters and spaces, a token each."""
     tokenizer = load_tokenizer(checkpoint)
