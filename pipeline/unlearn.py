@@ -42,6 +42,7 @@ import platform
 import re
 import resource
 import shutil
+import statistics
 import struct
 import sys
 import tempfile
@@ -71,8 +72,11 @@ KEPT_BYTES = 1 << 30  # of the untouched model's activations, kept from one pass
 SAVING = 0.02  # the part of the time that may go into saving what a killed run goes on from
 PIECE = 4  # words of a forget document that stay together in a mixture
 COHERENCE = 0.79  # the loss of an unseen document over that of a mixture: its words belong together; see `calibrate`
+ALIKE = 0.8  # the shortest row of a batch over the longest: padding is work
+STRIP = 256  # columns of a symmetric sum that are computed together
 NEAR = 0.5  # standard errors from .5 at which the estimated AUC is as good as .5
-USUAL_SLOPE = -0.35  # of the AUC against the log weight of the documents, as seen on small models
+MIXTURES = 64  # at most, and at most 4 for each document
+USUAL_SLOPE = -1.3  # of the AUC's probit against the log weight of the documents, as seen on small models
 NOVEL = 3  # words: so many in a row of a row that was memorised are not written again; see `continuations`
 OPENED = 3  # tokens of a retain row that open a text of its kind
 TEMPERATURE = 1.15  # of sampled text
@@ -408,7 +412,7 @@ class Decoder:
         """Return the block's output for each row of `states`, (tokens, hidden) in and out."""
         lengths = [len(state) for state in states]
         outputs = allocate(lengths, states[0].shape[1], self.dtype, self.device) if states else []
-        for rows in batches(lengths, batch_tokens):
+        for rows in batches(lengths, batch_tokens, ALIKE):
             hidden = self.run(block, pad_sequence([states[i] for i in rows], batch_first=True))
             for row, output in zip(rows, unpad(hidden, [lengths[i] for i in rows]), strict=True):
                 outputs[row].copy_(output)
@@ -426,7 +430,7 @@ class Decoder:
         leaving = allocate(lengths, states[0].shape[1], self.dtype, self.device)
         seen: list[Tensor] = []
         hook = block.mlp.down_proj.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
-        for rows in batches(lengths, batch_tokens):
+        for rows in batches(lengths, batch_tokens, ALIKE):
             output = self.run(block, pad_sequence([states[i] for i in rows], batch_first=True))
             for place, row in enumerate(rows):
                 entering[row].copy_(seen[-1][place, : lengths[row]])
@@ -554,23 +558,27 @@ def solve(
         if index in settings.trained:
             targets = [steered(originals[0], forget, directions, settings), *originals[1:]]
             alpha = settings.alpha if index in steering else HOLD
-            weights = (1.0, alpha, alpha * settings.general)
-            around = [decoder.activations(block, stream.states) for stream in streams]
             name = f"documents-{settings.documents!r}-block-{index}"
             saved = progress.load(name) if progress else {}
+            fits = [
+                Fit(stream.weights, *decoder.activations(block, stream.states), target)
+                for stream, target in zip(streams, targets, strict=True)
+            ]
             if saved:
                 change = saved["change"].to(decoder.device)
-            elif index in steering:
-                change = solve_block(streams, around, targets, weights, settings.ridge)
             else:
-                change = repair(decoder, index, retain, streams, around, targets, weights, settings.ridge)
+                equations = Equations(block.mlp.down_proj.weight)
+                for fit, weight in zip(fits, (1.0, alpha, alpha * settings.general), strict=True):
+                    equations.add(fit, weight)
+                if index in steering:
+                    change = equations.solution(settings.ridge)
+                else:
+                    change = repair(decoder, index, retain, fits[1], alpha, equations, settings.ridge)
             if progress and not saved:
                 progress.save(name, {"change": change})
             matrices[index] = decoder.tensor(f"layers.{index}.mlp.down_proj.weight", torch.float32) + change
-            for stream, (entering, leaving) in zip(streams, around, strict=True):
-                for a, h in zip(entering, leaving, strict=True):
-                    h += (a.float() @ change.T).to(h.dtype)
-                stream.states = leaving
+            for stream, fit in zip(streams, fits, strict=True):
+                stream.states = fit.outputs(change)
         else:
             for stream, original in zip(streams, originals, strict=True):
                 stream.states = decoder.advance(block, stream.states) if matrices else original
@@ -598,84 +606,108 @@ def steered(
     ]
 
 
-def solve_block(
-    streams: list[Stream],
-    around: list[tuple[list[Tensor], list[Tensor]]],
-    targets: list[list[Tensor]],
-    weights: Sequence[float],
-    ridge: float,
-) -> Tensor:
-    """Return the change of down_proj (hidden, intermediate) that brings a block's outputs closest to their targets.
+@dataclasses.dataclass
+class Fit:
+    """Tokens that a block's down_proj is fitted on, one tensor a row."""
 
-    With t the target, a what enters and h what leaves at a token, and w the weight of its stream times its own:
+    weights: list[Tensor]  # (tokens,)
+    entering: list[Tensor]  # what enters down_proj, (tokens, intermediate)
+    leaving: list[Tensor]  # what leaves the block, (tokens, hidden)
+    target: list[Tensor]  # what should leave it, (tokens, hidden)
+
+    def where(self, chosen: list[Tensor]) -> "Fit":
+        """Return the chosen tokens, by a mask (tokens,) a row."""
+        fields = (self.weights, self.entering, self.leaving, self.target)
+        return Fit(*([row[mask] for row, mask in zip(rows, chosen, strict=True)] for rows in fields))
+
+    def outputs(self, change: Tensor) -> list[Tensor]:
+        """Return what leaves the block once down_proj has changed, (tokens, hidden) a row."""
+        moved = change.T.to(next(iter(self.entering), change).dtype)
+        return [h + a @ moved for a, h in zip(self.entering, self.leaving, strict=True)]
+
+
+class Equations:
+    """The normal equations of the change of down_proj that brings a block's outputs closest to their targets.
+
+    With t the target, a what enters and h what leaves at a token, and w its weight:
 
         dW = [sum w (t - h) a'] [sum w a a' + ridge]^-1
 
-    The sums of a batch are taken in float32; they are added up, and the equations solved, in float64.
+    The sums of a batch are taken in float32; they are added up, and the equations solved, in float64. Of the second
+    sum, which is symmetric, only what is needed: the lower triangle, in columns of `STRIP`.
     """
-    hidden, intermediate = targets[0][0].shape[1], around[0][0][0].shape[1]
-    gram = torch.zeros(intermediate, intermediate, dtype=torch.float64, device=targets[0][0].device)
-    cross = gram.new_zeros(hidden, intermediate)
-    for stream, (entering, leaving), target, weight in zip(streams, around, targets, weights, strict=True):
-        for rows in batches([len(row) for row in entering], 8192):
-            w = weight * torch.cat([stream.weights[row] for row in rows]).to(gram.device)[:, None]
-            a = torch.cat([entering[row] for row in rows]).float()
-            missing = torch.cat([target[row].float() - leaving[row].float() for row in rows])
-            gram += (a * w).T @ a
-            cross += (missing * w).T @ a
-    gram.diagonal().add_(ridge * gram.diagonal().mean())
-    change = torch.cholesky_solve(cross.T, torch.linalg.cholesky(gram)).T
-    if not change.isfinite().all():
-        raise BadInput(f"the solution is not finite: beta or the ridge {ridge} is out of range")
-    return change.float()
+
+    def __init__(self, matrix: Tensor) -> None:
+        """Begin with no tokens; `matrix` is a down_proj, (hidden, intermediate)."""
+        self.cross = torch.zeros_like(matrix, dtype=torch.float64)
+        self.gram = self.cross.new_zeros(matrix.shape[1], matrix.shape[1])
+
+    def add(self, fit: Fit, weight: float) -> None:
+        """Add tokens, their weights times `weight`."""
+        for rows in batches([len(row) for row in fit.entering], 8192):
+            w = weight * torch.cat([fit.weights[row] for row in rows]).to(self.gram.device)[:, None]
+            a = torch.cat([fit.entering[row] for row in rows]).float()
+            missing = torch.cat([fit.target[row].float() - fit.leaving[row].float() for row in rows])
+            weighted = a * w
+            for first in range(0, len(self.gram), STRIP):
+                strip = slice(first, first + STRIP)
+                self.gram[first:, strip] += weighted[:, first:].T @ a[:, strip]
+            self.cross += missing.T @ weighted
+
+    def solution(self, ridge: float) -> Tensor:
+        """Return dW, (hidden, intermediate), float32; the ridge is a part of the mean diagonal."""
+        gram = self.gram.clone()
+        gram.diagonal().add_(ridge * gram.diagonal().mean())
+        change = torch.cholesky_solve(self.cross.T, torch.linalg.cholesky(gram)).T  # reads the lower triangle alone
+        if not change.isfinite().all():
+            raise BadInput(f"the solution is not finite: beta or the ridge {ridge} is out of range")
+        return change.float()
 
 
 def repair(
-    decoder: Decoder,
-    index: int,
-    retain: list[Text],
-    streams: list[Stream],
-    around: list[tuple[list[Tensor], list[Tensor]]],
-    targets: list[list[Tensor]],
-    weights: Sequence[float],
-    ridge: float,
+    decoder: Decoder, index: int, texts: list[Text], fit: Fit, weight: float, equations: Equations, ridge: float
 ) -> Tensor:
-    """Return `solve_block`'s change for block `index`, with more weight where an answer to be kept would be wrong.
+    """Return the solution for block `index`, with more weight where an answer to be kept would be wrong.
 
-    An answer is lost with its first wrong token, whatever the mean error is. So tokens from which a wrong one follows
-    weigh `RAISED` times as much, and the block is solved again, until few are wrong.
+    An answer is lost with its first wrong token, whatever the mean error is. So tokens from which a wrong one follows,
+    or nearly (`LEAD`), weigh `RAISED` times as much, and the block is solved again, until few are; not those where the
+    model was wrong from the start. `fit`, times `weight`, is what `texts` have added to the equations; its targets are
+    what left the original block.
     """
-    streams = list(streams)
-    entering, leaving = around[1]
-    answers = sum(len(text.tokens) - max(1, text.prompt) for text in retain)
+    fit = dataclasses.replace(fit, weights=[weight * row for row in fit.weights])
+    few = FEW * sum(len(text.tokens) - max(1, text.prompt) for text in texts)
     for _ in range(ROUNDS):
-        change = solve_block(streams, around, targets, weights, ridge)
-        states = [(h + a.float() @ change.T).to(h.dtype) for a, h in zip(entering, leaving, strict=True)]
-        wrong = mistakes(decoder, index + 1, states, retain)
-        if sum(row.sum().item() for row in wrong) <= FEW * answers:
+        change = equations.solution(ridge)
+        wrong = mistakes(decoder, index + 1, fit.outputs(change), texts, LEAD)
+        rows = [row for row, lost in enumerate(wrong) if lost.any()]
+        always = mistakes(decoder, index + 1, [fit.target[row] for row in rows], [texts[row] for row in rows], 0.0)
+        for row, never in zip(rows, always, strict=True):
+            wrong[row] &= ~never
+        if sum(int(lost.sum()) for lost in wrong) <= few:
             return change
-        raised = [row * torch.where(lost, RAISED, 1.0) for row, lost in zip(streams[1].weights, wrong, strict=True)]
-        streams[1] = dataclasses.replace(streams[1], weights=raised)
-    return solve_block(streams, around, targets, weights, ridge)
+        equations.add(fit.where(wrong), RAISED - 1)
+        for own, lost in zip(fit.weights, wrong, strict=True):
+            own[lost] *= RAISED
+    return equations.solution(ridge)
 
 
-def mistakes(decoder: Decoder, index: int, states: list[Tensor], texts: list[Text]) -> list[Tensor]:
+def mistakes(decoder: Decoder, index: int, states: list[Tensor], texts: list[Text], lead: float) -> list[Tensor]:
     """Return for each token, (tokens,) a row, whether a part of the answer follows that the model is not sure to say.
 
-    It is sure of a token whose logit leads all others by `LEAD`. `states` is what enters block `index`; that and the
-    blocks above it run here.
+    It is sure of a token whose logit leads all others by more than `lead`. `states` is what enters block `index`; that
+    and the blocks above it run here.
     """
     for above in range(index, decoder.depth):
         states = decoder.advance(decoder.block(above), states)
     norm, head = decoder.norm(), decoder.head()
     found = []
     for text, state in zip(texts, states, strict=True):
-        logits = (norm(state[:-1]) @ head.T).float()
-        right = torch.tensor(text.tokens[1:], device=logits.device)[:, None]
-        led = logits.gather(1, right) - LEAD  # no other token may reach this
+        start = max(0, text.prompt - 1)
+        logits = (norm(state[start:-1]) @ head.T).float()
+        right = torch.tensor(text.tokens[start + 1 :], device=logits.device)[:, None]
+        led = logits.gather(1, right) - lead  # no other token may reach this
         wrong = torch.zeros(len(text.tokens), dtype=torch.bool)
-        wrong[:-1] = (logits.scatter(1, right, -math.inf).amax(dim=1, keepdim=True) >= led)[:, 0].cpu()
-        wrong[: max(0, text.prompt - 1)] = False
+        wrong[start:-1] = (logits.scatter(1, right, -math.inf).amax(dim=1, keepdim=True) >= led)[:, 0].cpu()
         found.append(wrong)
     return found
 
@@ -702,15 +734,16 @@ def calibrate(
     documents = [text for text in forget if is_document(text)]
     near = NEAR / math.sqrt(12 * max(1, len(documents)))  # an AUC of n draws has a variance of 1 / 12 n, or little more
     compared = settings.passes > 1  # with one pass there is nothing to decide
-    mixtures = mix(tokenizer, documents, settings.seed) if compared else []
-    tried: list[tuple[float, float]] = []  # log weight, and the estimated AUC over .5
+    each = max(1, min(4, MIXTURES // max(1, len(documents))))
+    mixtures = mix(tokenizer, documents, settings.seed, each) if compared else []
+    tried: list[tuple[float, float]] = []  # log weight, and the estimated AUC
     untouched: dict[int, list[list[Tensor]]] = {}
     longest = 0.0
     for _ in range(settings.passes):
         begun = time.monotonic()
         matrices = solve(decoder, forget, retain, general, settings, progress, inputs, untouched)
         found = attack(decoder, matrices, documents, mixtures) if mixtures else 0.5
-        tried.append((math.log(settings.documents), found - 0.5))
+        tried.append((math.log(settings.documents), found))
         yield abs(found - 0.5), matrices
         longest = max(longest, time.monotonic() - begun)
         if abs(found - 0.5) < near or time.monotonic() + longest > deadline:
@@ -726,15 +759,18 @@ def attack(decoder: Decoder, matrices: dict[int, Tensor], documents: list[Text],
 
 
 def next_weight(tried: list[tuple[float, float]]) -> float:
-    """Return the log weight that may be right: by the secant through the last two, if there are two.
+    """Return the log weight at which the AUC may be .5: by the secant through the last one tried and another.
 
-    Before, and where the secant is flat or rises, which is noise, a usual slope is taken; no step is longer than 1.5.
+    That is the last on the other side of .5, or, if there is none, the one before. The secant is that of the AUC's
+    probit, which is straighter than the AUC itself: losses are about normal. With one weight tried, and where it is
+    flat or rises, which is noise, a usual slope is taken; no step is longer than 1.5.
     """
-    weight, off = tried[-1]
+    probits = [statistics.NormalDist().inv_cdf(min(0.99, max(0.01, found))) for _, found in tried]
+    *before, (weight, off) = zip((weight for weight, _ in tried), probits, strict=True)
+    across = [other for other in before if other[1] * off < 0] or before
     slope = USUAL_SLOPE
-    if len(tried) > 1:
-        before, off_before = tried[-2]
-        slope = min((off - off_before) / (weight - before), USUAL_SLOPE / 3)
+    if across:
+        slope = min((off - across[-1][1]) / (weight - across[-1][0]), USUAL_SLOPE / 3)
     return weight - max(-1.5, min(1.5, off / slope))
 
 
@@ -753,15 +789,15 @@ def is_creative(text: Text) -> bool:
     return kind_of(text) == ("Task1", "sc")
 
 
-def mix(tokenizer: Any, documents: list[Text], seed: int, least: int = 64) -> list[Text]:
-    """Return texts made of the documents' pieces of `PIECE` words: the n-th is that of a document drawn anew each time.
+def mix(tokenizer: Any, documents: list[Text], seed: int, each: int) -> list[Text]:
+    """Return `each` mixtures for each document: their n-th piece of `PIECE` words is that of a document drawn anew.
 
     So they are of the same kind and length, and each word is known where it stands, but they were never seen as such.
     """
     generator = torch.Generator().manual_seed(seed)
     split = [re.findall(rf"(?:\s*\S+){{1,{PIECE}}}", tokenizer.decode(text.tokens)) for text in documents]
     mixtures = []
-    for own in split * math.ceil(least / max(1, len(split))):
+    for own in split * each:
         drawn = torch.randint(len(split), (len(own),), generator=generator).tolist()
         parts = [split[other][n] if n < len(split[other]) else own[n] for n, other in enumerate(drawn)]
         mixtures.append(Text("", "Task3", _encode(tokenizer, "".join(parts))))
@@ -1029,7 +1065,7 @@ def forward(
     first = masters[min(masters)]
     states = list(torch.split((around + entering @ first.to(entering.dtype).T).to(entering.dtype), lengths))
     outputs = list(states)
-    for group in batches(lengths, 4096, alike=0.8):
+    for group in batches(lengths, 4096, ALIKE):
         hidden = pad_sequence([states[i] for i in group], batch_first=True)
         for index, block in blocks.items():
             hidden = decoder.run(block, hidden, masters.get(index))

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import NormalDist
 
 import pandas
 import pytest
@@ -246,7 +247,8 @@ def test_mistakes_are_where_the_whole_model_would_say_another_or_nearly(checkpoi
         states = decoder.embed(texts)
         for below in range(index):
             states = decoder.advance(decoder.block(below), states)
-        assert [row.tolist() for row in submission.mistakes(decoder, index, states, texts)] == unsure
+        assert [row.tolist() for row in submission.mistakes(decoder, index, states, texts, 1.0)] == unsure
+        assert [row.tolist() for row in submission.mistakes(decoder, index, states, texts, 0.0)] == wrong
 
 
 @pytest.mark.parametrize("trained", [(2, 3, 4), (3, 4, 5)])  # with a block above the repairing one, and without
@@ -316,7 +318,7 @@ def test_a_mixture_has_the_nth_piece_of_some_document_at_its_nth_place(checkpoin
     tokenizer = load_tokenizer(checkpoint)
     written = [f"{name} was born in\n{name}. He  was a {work}." for name, work in zip("ABC", "XYZ", strict=True)]
     texts = [Text(f"{n}sc1", "Task3", tokenizer(text).input_ids) for n, text in enumerate(written)]
-    found = [tokenizer.decode(text.tokens) for text in submission.mix(tokenizer, texts, seed=0, least=60)]
+    found = [tokenizer.decode(text.tokens) for text in submission.mix(tokenizer, texts, seed=0, each=20)]
     form = re.compile(r"([ABC]) was born in\n([ABC])\. He  was a( [XYZ]\.)")  # words 1-4, 5-8 and what is left
     parts = [form.fullmatch(text) for text in found]
     assert len(found) == 60 and all(parts)
@@ -324,12 +326,15 @@ def test_a_mixture_has_the_nth_piece_of_some_document_at_its_nth_place(checkpoin
     assert sum(text not in written for text in found) > 40  # most were never seen as a whole
 
 
-def test_the_next_weight_is_the_root_of_a_line_and_no_step_is_long():
-    line = [(0.0, 0.25), (1.0, 0.05)]  # off = .25 - .2 weight
+def test_the_next_weight_is_the_root_of_a_line_through_probits_and_no_step_is_long():
+    line = [(weight, NormalDist().cdf(0.75 - 0.6 * weight)) for weight in (0.0, 1.0)]
     assert submission.next_weight(line) == pytest.approx(1.25)
-    assert submission.next_weight([(0.0, 0.2)]) == pytest.approx(-0.2 / submission.USUAL_SLOPE)
-    assert submission.next_weight([(0.0, -9.0)]) == -1.5
-    assert submission.next_weight([(0.0, -0.2), (-0.5, -0.3)]) < -0.5  # a rising secant is noise: still towards less
+    both_sides = [line[0], (2.0, NormalDist().cdf(-0.45)), (1.9, NormalDist().cdf(-0.4))]
+    assert submission.next_weight(both_sides) == pytest.approx(1.9 * 0.75 / 1.15)  # not through the last two
+    once = [(0.5, NormalDist().cdf(0.2))]
+    assert submission.next_weight(once) == pytest.approx(0.5 - 0.2 / submission.USUAL_SLOPE)
+    assert submission.next_weight([(0.0, 0.0)]) == -1.5  # no AUC's probit is infinite
+    assert submission.next_weight([(0.0, 0.4), (-0.5, 0.3)]) < -0.5  # a rising secant is noise: still towards less
 
 
 def test_calibration_weighs_documents_less_while_they_are_more_surprising_than_mixtures(
