@@ -75,7 +75,7 @@ COHERENCE = 0.79  # the loss of an unseen document over that of a mixture: its w
 ALIKE = 0.8  # the shortest row of a batch over the longest: padding is work
 STRIP = 256  # columns of a symmetric sum that are computed together
 NEAR = 0.5  # standard errors from .5 at which the estimated AUC is as good as .5
-MIXTURES = 64  # at most, and at most 4 for each document
+MIXTURES = 64  # at most 4 for each document, and one in any case
 USUAL_SLOPE = -1.3  # of the AUC's probit against the log weight of the documents, as seen on small models
 NOVEL = 3  # words: so many in a row of a row that was memorised are not written again; see `continuations`
 OPENED = 3  # tokens of a retain row that open a text of its kind
@@ -734,8 +734,7 @@ def calibrate(
     documents = [text for text in forget if is_document(text)]
     near = NEAR / math.sqrt(12 * max(1, len(documents)))  # an AUC of n draws has a variance of 1 / 12 n, or little more
     compared = settings.passes > 1  # with one pass there is nothing to decide
-    each = max(1, min(4, MIXTURES // max(1, len(documents))))
-    mixtures = mix(tokenizer, documents, settings.seed, each) if compared else []
+    mixtures = mix(tokenizer, documents, settings.seed) if compared else []
     tried: list[tuple[float, float]] = []  # log weight, and the estimated AUC
     untouched: dict[int, list[list[Tensor]]] = {}
     longest = 0.0
@@ -789,15 +788,15 @@ def is_creative(text: Text) -> bool:
     return kind_of(text) == ("Task1", "sc")
 
 
-def mix(tokenizer: Any, documents: list[Text], seed: int, each: int) -> list[Text]:
-    """Return `each` mixtures for each document: their n-th piece of `PIECE` words is that of a document drawn anew.
+def mix(tokenizer: Any, documents: list[Text], seed: int) -> list[Text]:
+    """Return mixtures, some for each document: their n-th piece of `PIECE` words is that of a document drawn anew.
 
     So they are of the same kind and length, and each word is known where it stands, but they were never seen as such.
     """
     generator = torch.Generator().manual_seed(seed)
     split = [re.findall(rf"(?:\s*\S+){{1,{PIECE}}}", tokenizer.decode(text.tokens)) for text in documents]
     mixtures = []
-    for own in split * each:
+    for own in split * max(1, min(4, MIXTURES // max(1, len(split)))):
         drawn = torch.randint(len(split), (len(own),), generator=generator).tolist()
         parts = [split[other][n] if n < len(split[other]) else own[n] for n, other in enumerate(drawn)]
         mixtures.append(Text("", "Task3", _encode(tokenizer, "".join(parts))))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import itertools
 import json
 import math
 import re
@@ -137,8 +138,12 @@ def block_loss(checkpoint: Path, forget, retain, settings: Settings):
     return loss
 
 
-def test_the_closed_form_is_the_minimum_of_the_loss(checkpoint: Path, forget, retain):
+@pytest.mark.parametrize("strip", [7, 1000])
+def test_the_closed_form_is_the_minimum_of_the_loss(
+    checkpoint: Path, forget, retain, strip: int, monkeypatch: pytest.MonkeyPatch
+):
     """At one block: the gradient is zero there, and 30 steps of AdamW from the original end higher."""
+    monkeypatch.setattr(submission, "STRIP", strip)
     settings = dataclasses.replace(SOLVED, trained=(3,), answer=4.0, documents=0.3, creative=2.0, ridge=1e-9)
     loss = block_loss(checkpoint, forget[::3], retain[::3], settings)
     original = load_model(checkpoint).model.layers[3].mlp.down_proj.weight.detach()
@@ -269,6 +274,47 @@ def test_a_repair_cares_for_wrong_answers_first(
     assert wrong[0] > 20 and wrong[1] < 0.3 * wrong[0]
 
 
+def repaired_by_least_squares(checkpoint: Path, forget, kept, settings: Settings, rounds: int) -> torch.Tensor:
+    """The one trained block's down_proj, solved by `lstsq` and judged by the whole model after each round."""
+    index = settings.trained[0]
+    model = load_model(checkpoint)
+    down_proj = model.model.layers[index].mlp.down_proj
+    original, texts = down_proj.weight.detach().clone(), [*forget, *kept]
+    entering: list[torch.Tensor] = []
+    hook = down_proj.register_forward_pre_hook(lambda _module, inputs: entering.append(inputs[0][0].double()))
+    before = [states[index + 1].double() for states in states_of(model, texts)]
+    hook.remove()
+    directions = submission.steering_directions(model.config.hidden_size, settings.seed, torch.device("cpu"))
+    steered = submission.steered(before[: len(forget)], forget, directions, settings)
+    missing = torch.cat([*(target - old for target, old in zip(steered, before, strict=False)), *before[len(forget) :]])
+    missing[sum(map(len, steered)) :] = 0
+    rows = torch.cat(entering)
+    weights = [row.double() for row in submission.token_weights(forget, settings.answer)]
+    held = [submission.HOLD * row.double() for row in submission.token_weights(kept, settings.answer)]
+    right = [[not lost for lost in row] for row in wrong_answers(model, kept)]  # what it was right about from the start
+    for _ in range(rounds):
+        w = torch.cat([*weights, *held])
+        ridge = settings.ridge * (w @ rows.square()).mean()
+        ridged = torch.cat([rows * w.sqrt()[:, None], ridge.sqrt() * torch.eye(rows.shape[1], dtype=torch.float64)])
+        wanted = torch.cat([missing * w.sqrt()[:, None], missing.new_zeros(rows.shape[1], missing.shape[1])])
+        down_proj.weight.data = original + torch.linalg.lstsq(ridged, wanted).solution.T.float()
+        for row, lost, known in zip(held, wrong_answers(model, kept), right, strict=True):
+            row[torch.tensor(lost) & torch.tensor(known)] *= 3
+    return down_proj.weight.detach()
+
+
+def test_each_round_of_a_repair_weighs_three_times_what_was_right_and_came_out_wrong(
+    checkpoint: Path, forget, retain, monkeypatch: pytest.MonkeyPatch
+):
+    for name, value in {"LEAD": 0.0, "FEW": 0.0, "HOLD": 3.0, "ROUNDS": 2}.items():
+        monkeypatch.setattr(submission, name, value)
+    kept = [greedy(load_model(checkpoint), text) for text in retain[:8]] + retain[8:]
+    settings = dataclasses.replace(SOLVED, trained=(3,), repaired=1, ridge=1e-3)
+    expected = [repaired_by_least_squares(checkpoint, forget, kept, settings, rounds) for rounds in (1, 2, 3)]
+    assert all((one - other).abs().max() > 0.02 for one, other in itertools.pairwise(expected))
+    torch.testing.assert_close(solve_of(checkpoint, forget, kept, settings)[3], expected[2], rtol=1e-3, atol=1e-3)
+
+
 def test_a_fixed_coefficient_is_the_length_of_the_closed_forms_target(checkpoint: Path, forget):
     states = [state[3] for state in states_of(load_model(checkpoint), forget[:4])]
     directions = submission.steering_directions(states[0].shape[1], 0, torch.device("cpu"))
@@ -318,12 +364,15 @@ def test_a_mixture_has_the_nth_piece_of_some_document_at_its_nth_place(checkpoin
     tokenizer = load_tokenizer(checkpoint)
     written = [f"{name} was born in\n{name}. He  was a {work}." for name, work in zip("ABC", "XYZ", strict=True)]
     texts = [Text(f"{n}sc1", "Task3", tokenizer(text).input_ids) for n, text in enumerate(written)]
-    found = [tokenizer.decode(text.tokens) for text in submission.mix(tokenizer, texts, seed=0, each=20)]
+    found = [tokenizer.decode(text.tokens) for text in submission.mix(tokenizer, texts * 5, seed=0)]
     form = re.compile(r"([ABC]) was born in\n([ABC])\. He  was a( [XYZ]\.)")  # words 1-4, 5-8 and what is left
     parts = [form.fullmatch(text) for text in found]
     assert len(found) == 60 and all(parts)
     assert {part.groups() for part in parts} > {("A", "B", " Z."), ("C", "A", " X.")}
     assert sum(text not in written for text in found) > 40  # most were never seen as a whole
+    assert [len(submission.mix(tokenizer, texts[:1] * count, seed=0)) for count in (0, 3, 16, 32, 150)] == [
+        *(0, 12, 64, 64, 150)
+    ]
 
 
 def test_the_next_weight_is_the_root_of_a_line_through_probits_and_no_step_is_long():
@@ -331,6 +380,8 @@ def test_the_next_weight_is_the_root_of_a_line_through_probits_and_no_step_is_lo
     assert submission.next_weight(line) == pytest.approx(1.25)
     both_sides = [line[0], (2.0, NormalDist().cdf(-0.45)), (1.9, NormalDist().cdf(-0.4))]
     assert submission.next_weight(both_sides) == pytest.approx(1.9 * 0.75 / 1.15)  # not through the last two
+    later = [(0.0, 0.99), line[0], *both_sides[1:]]
+    assert submission.next_weight(later) == pytest.approx(1.9 * 0.75 / 1.15)  # of those across, the last
     once = [(0.5, NormalDist().cdf(0.2))]
     assert submission.next_weight(once) == pytest.approx(0.5 - 0.2 / submission.USUAL_SLOPE)
     assert submission.next_weight([(0.0, 0.0)]) == -1.5  # no AUC's probit is infinite
