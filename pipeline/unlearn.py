@@ -676,12 +676,15 @@ def repair(
     """
     fit = dataclasses.replace(fit, weights=[weight * row for row in fit.weights])
     few = FEW * sum(len(text.tokens) - max(1, text.prompt) for text in texts)
+    always: dict[int, Tensor] = {}  # by row, where the untouched model is wrong
     for _ in range(ROUNDS):
         change = equations.solution(ridge)
         wrong = mistakes(decoder, index + 1, fit.outputs(change), texts, LEAD)
-        rows = [row for row, lost in enumerate(wrong) if lost.any()]
-        always = mistakes(decoder, index + 1, [fit.target[row] for row in rows], [texts[row] for row in rows], 0.0)
-        for row, never in zip(rows, always, strict=True):
+        new = [row for row, lost in enumerate(wrong) if lost.any() and row not in always]
+        if new:
+            before = mistakes(decoder, index + 1, [fit.target[row] for row in new], [texts[row] for row in new], 0.0)
+            always |= dict(zip(new, before, strict=True))
+        for row, never in always.items():
             wrong[row] &= ~never
         if sum(int(lost.sum()) for lost in wrong) <= few:
             return change
