@@ -578,7 +578,9 @@ def solve(
                 progress.save(name, {"change": change})
             matrices[index] = decoder.tensor(f"layers.{index}.mlp.down_proj.weight", torch.float32) + change
             for stream, fit in zip(streams, fits, strict=True):
-                stream.states = fit.outputs(change)
+                for h, changed in zip(fit.leaving, fit.outputs(change), strict=True):
+                    h.copy_(changed)  # in place: it may lie in a file
+                stream.states = fit.leaving
         else:
             for stream, original in zip(streams, originals, strict=True):
                 stream.states = decoder.advance(block, stream.states) if matrices else original
@@ -620,10 +622,11 @@ class Fit:
         fields = (self.weights, self.entering, self.leaving, self.target)
         return Fit(*([row[mask] for row, mask in zip(rows, chosen, strict=True)] for rows in fields))
 
-    def outputs(self, change: Tensor) -> list[Tensor]:
-        """Return what leaves the block once down_proj has changed, (tokens, hidden) a row."""
+    def outputs(self, change: Tensor) -> Iterator[Tensor]:
+        """Yield what leaves the block once down_proj has changed, (tokens, hidden) a row."""
         moved = change.T.to(next(iter(self.entering), change).dtype)
-        return [h + a @ moved for a, h in zip(self.entering, self.leaving, strict=True)]
+        for a, h in zip(self.entering, self.leaving, strict=True):
+            yield h + a @ moved
 
 
 class Equations:
@@ -679,7 +682,7 @@ def repair(
     always: dict[int, Tensor] = {}  # by row, where the untouched model is wrong
     for _ in range(ROUNDS):
         change = equations.solution(ridge)
-        wrong = mistakes(decoder, index + 1, fit.outputs(change), texts, LEAD)
+        wrong = mistakes(decoder, index + 1, list(fit.outputs(change)), texts, LEAD)
         new = [row for row, lost in enumerate(wrong) if lost.any() and row not in always]
         if new:
             before = mistakes(decoder, index + 1, [fit.target[row] for row in new], [texts[row] for row in new], 0.0)
