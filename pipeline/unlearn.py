@@ -87,6 +87,7 @@ STEERED = 7  # blocks in turn, in closed form
 HOLD = 300.0  # alpha of blocks that only repair: steered text weighs nothing against what is held
 ROUNDS = 6  # of a repair, at most, each with more weight for the tokens that the one before got wrong
 RAISED = 3.0  # that much more
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 FEW = 0.002  # of the answers' tokens: so few may stay wrong
 LEAD = 1.0  # nats by which the right token must lead: this runs in bfloat16, and other numerics say another near a tie
 
@@ -132,7 +133,7 @@ def settings_for(depth: int, method: str = "solve") -> Settings:
     if method == "solve":
         first, alpha = (0, 1.0) if depth <= STEERED + 1 else (depth // 10, 20.0)
         blocks = tuple(range(first, min(depth, first + STEERED + 1)))
-        return Settings("solve", blocks, beta=2.0, alpha=alpha, creative=3.0, general=1.5)
+        return Settings("solve", blocks, repaired=min(1, depth - 1), beta=2.0, alpha=alpha, creative=3.0, general=1.5)
     block = {16: 14, 32: 26}.get(depth, max(2, round(depth * 0.84) - 1))
     trained = (block - 2, block - 1, block)
     return Settings(
@@ -153,6 +154,9 @@ def unlearn(
     Runs on the same model and rows can share what they have in common, in a folder `inputs_path`: see `read_inputs`.
     """
     started = time.monotonic()
+    output = Path(output_path).resolve()
+    if output == Path(model_path).resolve():
+        raise BadInput(f"{output_path} is the model's own folder, which stays as it is")
     settings = settings or settings_for(depth_of(Path(model_path)))
     decoder = Decoder(Path(model_path), torch.float32 if settings.method == "descend" else None)
     check_settings(settings, decoder.depth)
@@ -160,17 +164,18 @@ def unlearn(
     forget = read_texts(Path(forget_path), "forget", tokenizer)
     retain = read_texts(Path(retain_path), "retain", tokenizer)
     check_disjoint(forget, retain)
+    decoder.check_sum(settings.trained[0], forget[0])
     general: list[Text] = []
     inputs = None
     if inputs_path:
         general, inputs = read_inputs(Path(inputs_path), Path(model_path), decoder, forget, retain, settings)
     torch.manual_seed(settings.seed)
 
-    checkpoint = Checkpoint(Path(model_path), Path(output_path))
+    checkpoint = Checkpoint(Path(model_path), output)
     deadline = started + settings.minutes * 60
     run = identity(Path(model_path), settings, forget, retain, inputs_path)
-    with alone(Path(output_path)):
-        progress = Progress(Path(output_path) / ".unfinished", run)
+    with alone(output):
+        progress = Progress(output / ".unfinished", run)
         try:
             if settings.method == "solve":
                 if not inputs_path:
@@ -181,11 +186,13 @@ def unlearn(
                 found = calibrate(decoder, tokenizer, forget, retain, general, settings, deadline, progress, inputs)
             else:
                 found = descend(decoder, forget, retain, settings, deadline, progress)
-            lowest = math.inf
+            kept = progress.load("kept") if checkpoint.written() else {}
+            lowest = kept["distance"].item() if kept else math.inf
             for distance, matrices in found:
                 if distance < lowest:
                     lowest = distance
                     checkpoint.save(named(decoder, matrices))
+                    progress.write("kept", {"distance": torch.tensor(distance, dtype=torch.float64)})
         except BadInput:
             progress.clear()  # nothing half-written
             raise
@@ -266,14 +273,26 @@ def check_settings(settings: Settings, depth: int) -> None:
             raise BadInput(f"block {block} is not in a model of {depth} blocks (0 to {depth - 1})")
     if not settings.trained or list(settings.trained) != sorted(set(settings.trained)):
         raise BadInput(f"the trained blocks must be in order and at least one, not {settings.trained}")
+    if settings.method == "solve":
+        if not 0 <= settings.repaired < len(settings.trained):
+            raise BadInput(f"of {len(settings.trained)} trained blocks {settings.repaired} repair: none is to steer")
+        if settings.coefficient == "growing":
+            raise BadInput("a growing coefficient follows a model in training: only the descent has one")
+    for name in ("documents", "ridge", "learning_rate", "passes", "batch_size", "epochs"):
+        if not getattr(settings, name) > 0:
+            raise BadInput(f"{name} is {getattr(settings, name)}, expected more than 0")
+    for name in ("beta", "alpha", "minutes", "answer", "creative", "general", "general_ratio"):
+        if not getattr(settings, name) >= 0:
+            raise BadInput(f"{name} is {getattr(settings, name)}, expected 0 or more")
 
 
 # ---- the model, a block at a time ----
 
 
 def device() -> torch.device:
-    """Return the accelerator if there is one, else the CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    """Return the accelerator if there is one that computes in float64 (Apple's does not), else the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found if found and found.type != "mps" else torch.device("cpu")
 
 
 def fast_dtype() -> torch.dtype:
@@ -290,7 +309,8 @@ def read_skeleton(folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
-            skeleton = auto.from_config(config).base_model
+            # Not what the config may ask for: of the plain implementation it is the caller who hides later tokens.
+            skeleton = auto.from_config(config, attn_implementation="sdpa").base_model
     except Exception as error:  # transformers raises a dozen types here, all of them about the folder
         raise BadInput(f"{folder}: not a usable model folder: {_first_line(error)}") from None
     for part in ("embed_tokens", "layers", "rotary_emb", "norm"):
@@ -360,7 +380,7 @@ class Decoder:
             for key, shape in _shapes(path).items():
                 if key in wanted and shape != wanted[key]:
                     raise BadInput(f"{path}: tensor {key} has shape {shape}, by the config {wanted[key]}")
-                if key not in wanted and "layers." in key:
+                if key not in wanted and "layers." in key and not key.endswith("rotary_emb.inv_freq"):  # of old LLaMAs
                     raise BadInput(f"{path}: tensor {key} has no place in the config's model")
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -392,11 +412,7 @@ class Decoder:
 
     def head(self) -> Tensor:
         """Return the matrix of the output head, (vocabulary, hidden): the embeddings' where the two are tied."""
-        if "lm_head.weight" not in self.shards:
-            return self.tensor("embed_tokens.weight")
-        with safe_open(self.shards["lm_head.weight"], framework="pt") as shard:
-            head: Tensor = shard.get_tensor("lm_head.weight")
-        return head.to(self.device, self.dtype)
+        return self.tensor("lm_head.weight" if "lm_head.weight" in self.shards else "embed_tokens.weight")
 
     def run(self, block: Module, hidden: Tensor, down_proj: Tensor | None = None) -> Tensor:
         """Return the block's output on (rows, tokens, hidden), padded on the right; `down_proj` may replace its own."""
@@ -406,6 +422,23 @@ class Decoder:
         output: Any = functional_call(block, replaced, (hidden,), places)
         first: Tensor = output[0] if isinstance(output, tuple) else output  # a tuple in transformers 4
         return first
+
+    @torch.no_grad()
+    def check_sum(self, index: int, text: Text) -> None:
+        """Raise `BadInput` unless a block adds what its down_proj gives to what else it gives, as all here assumes.
+
+        Not so where a norm (OLMo 2) or a factor (Granite) comes between. In float32, on a few tokens.
+        """
+        block, seen = self.block(index).float(), []
+        block.mlp.down_proj.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+        hidden = torch.stack(self.embed([text]))[:, :8].float()
+        weight = block.mlp.down_proj.weight
+        added = self.run(block, hidden, 2 * weight) - self.run(block, hidden)
+        if (added - seen[0] @ weight.T).norm() > 0.01 * added.norm():
+            raise BadInput(
+                f"block {index} of a {self.config.model_type} does not just add what its down_proj gives:"
+                " not a decoder of the kind known here"
+            )
 
     @torch.no_grad()
     def advance(self, block: Module, states: list[Tensor], batch_tokens: int = 8192) -> list[Tensor]:
@@ -567,20 +600,18 @@ def solve(
             if saved:
                 change = saved["change"].to(decoder.device)
             else:
-                equations = Equations(block.mlp.down_proj.weight)
-                for fit, weight in zip(fits, (1.0, alpha, alpha * settings.general), strict=True):
-                    equations.add(fit, weight)
+                equations = equations_of(block.mlp.down_proj.weight, fits, (1.0, alpha, alpha * settings.general))
                 if index in steering:
                     change = equations.solution(settings.ridge)
                 else:
                     change = repair(decoder, index, retain, fits[1], alpha, equations, settings.ridge)
-            if progress and not saved:
-                progress.save(name, {"change": change})
+                del equations
+                if progress:
+                    progress.save(name, {"change": change})
             matrices[index] = decoder.tensor(f"layers.{index}.mlp.down_proj.weight", torch.float32) + change
-            for stream, fit in zip(streams, fits, strict=True):
-                for h, changed in zip(fit.leaving, fit.outputs(change), strict=True):
-                    h.copy_(changed)  # in place: it may lie in a file
-                stream.states = fit.leaving
+            for stream, states in zip(streams, [fit.moved(change) for fit in fits], strict=True):
+                stream.states = states
+            del fits  # what entered down_proj: of the next block there will be as much
         else:
             for stream, original in zip(streams, originals, strict=True):
                 stream.states = decoder.advance(block, stream.states) if matrices else original
@@ -628,6 +659,12 @@ class Fit:
         for a, h in zip(self.entering, self.leaving, strict=True):
             yield h + a @ moved
 
+    def moved(self, change: Tensor) -> list[Tensor]:
+        """Return the same, written over what left the block before: that may be large and lie in a file."""
+        for h, changed in zip(self.leaving, self.outputs(change), strict=True):
+            h.copy_(changed)
+        return self.leaving
+
 
 class Equations:
     """The normal equations of the change of down_proj that brings a block's outputs closest to their targets.
@@ -658,13 +695,29 @@ class Equations:
             self.cross += missing.T @ weighted
 
     def solution(self, ridge: float) -> Tensor:
-        """Return dW, (hidden, intermediate), float32; the ridge is a part of the mean diagonal."""
-        gram = self.gram.clone()
-        gram.diagonal().add_(ridge * gram.diagonal().mean())
-        change = torch.cholesky_solve(self.cross.T, torch.linalg.cholesky(gram)).T  # reads the lower triangle alone
-        if not change.isfinite().all():
+        """Return dW, (hidden, intermediate), float32; the ridge is a part of the mean diagonal.
+
+        Of few tokens the sums have a low rank, and as they are rounded to float32, the smallest eigenvalues may be
+        below 0 by more than the ridge: then it is taken ten times as large, and so on.
+        """
+        for larger in (1, 10, 100, 1000):
+            gram = self.gram.clone()
+            gram.diagonal().add_(larger * ridge * gram.diagonal().mean())
+            factor, failed = torch.linalg.cholesky_ex(gram)  # reads the lower triangle alone, as what follows
+            if not failed:
+                break
+        change = torch.cholesky_solve(self.cross.T, factor).T
+        if failed or not change.isfinite().all():
             raise BadInput(f"the solution is not finite: beta or the ridge {ridge} is out of range")
-        return change.float()
+        return change.float().contiguous()
+
+
+def equations_of(matrix: Tensor, fits: list[Fit], weights: Sequence[float]) -> Equations:
+    """Return the equations of a down_proj with all tokens of some kinds of text, each with its weight."""
+    equations = Equations(matrix)
+    for fit, weight in zip(fits, weights, strict=True):
+        equations.add(fit, weight)
+    return equations
 
 
 def repair(
@@ -739,7 +792,8 @@ def calibrate(
     """
     documents = [text for text in forget if is_document(text)]
     near = NEAR / math.sqrt(12 * max(1, len(documents)))  # an AUC of n draws has a variance of 1 / 12 n, or little more
-    compared = settings.passes > 1  # with one pass there is nothing to decide
+    # With one pass there is nothing to decide, and of one document there is nothing to mix.
+    compared = settings.passes > 1 and len(documents) > 1
     mixtures = mix(tokenizer, documents, settings.seed) if compared else []
     tried: list[tuple[float, float]] = []  # log weight, and the estimated AUC
     untouched: dict[int, list[list[Tensor]]] = {}
@@ -800,7 +854,8 @@ def mix(tokenizer: Any, documents: list[Text], seed: int) -> list[Text]:
     So they are of the same kind and length, and each word is known where it stands, but they were never seen as such.
     """
     generator = torch.Generator().manual_seed(seed)
-    split = [re.findall(rf"(?:\s*\S+){{1,{PIECE}}}", tokenizer.decode(text.tokens)) for text in documents]
+    written = [tokenizer.decode(text.tokens, skip_special_tokens=True) for text in documents]
+    split = [re.findall(rf"(?:\s*\S+){{1,{PIECE}}}", text) for text in written]
     mixtures = []
     for own in split * max(1, min(4, MIXTURES // max(1, len(split)))):
         drawn = torch.randint(len(split), (len(own),), generator=generator).tolist()
@@ -848,15 +903,17 @@ def sample_general(
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise BadInput(f"{folder}: tensor {name} has values that are not finite")
+    check_same(Decoder(folder), model, retain[0])
     generator = torch.Generator(device()).manual_seed(settings.seed)
     kinds = sorted({kind_of(text) for text in retain})
     rows = [[text.tokens for text in retain if kind_of(text) == kind] for kind in kinds]
-    questions = [tokenizer.eos_token_id, *_encode(tokenizer, QUESTIONS)]
+    before = len(_encode(tokenizer, ""))  # tokens that it puts before a text, if any
+    questions = [*([] if before else [tokenizer.eos_token_id]), *_encode(tokenizer, QUESTIONS)]
     openings = []
     for number in range(wanted):
         own = rows[number // 2 % len(rows)]
         row = own[int(torch.randint(len(own), (1,), generator=generator, device=device()))]
-        openings.append(questions if number % 2 else row[:OPENED])
+        openings.append(questions if number % 2 else row[: before + OPENED])
     barred = continuations(tokenizer, forget + retain)
     written: list[list[int]] = []
     for first in range(0, wanted, 256):  # on 7B in bfloat16: 16 GB of keys and values
@@ -864,9 +921,28 @@ def sample_general(
     return [Text(f"general {n}", "general", tokens) for n, tokens in enumerate(written)]
 
 
+@torch.no_grad()
+def check_same(decoder: Decoder, model: Any, text: Text) -> None:
+    """Raise `BadInput` unless the first block leaves here what it leaves in transformers' model.
+
+    Not so where embeddings are scaled on their way in (Gemma).
+    """
+    seen: list[Any] = []
+    hook = model.base_model.layers[0].register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    model(input_ids=torch.tensor([text.tokens], device=decoder.device), use_cache=False)
+    hook.remove()
+    expected = (seen[0][0] if isinstance(seen[0], tuple) else seen[0])[0].float()
+    found = decoder.advance(decoder.block(0), decoder.embed([text]))[0].float()
+    if (found - expected).norm() > 0.05 * expected.norm():  # in bfloat16 some .005
+        raise BadInput(
+            f"the first block of a {decoder.config.model_type} does not leave what it should:"
+            " not a decoder of the kind known here"
+        )
+
+
 def continuations(tokenizer: Any, texts: list[Text]) -> dict[tuple[int, ...], list[int]]:
     """Return for each run of tokens in the texts, about `NOVEL` words less one token, the tokens that follow it."""
-    words = sum(len(tokenizer.decode(text.tokens).split()) for text in texts)
+    words = sum(len(tokenizer.decode(text.tokens, skip_special_tokens=True).split()) for text in texts)
     length = max(2, round(NOVEL * sum(len(text.tokens) for text in texts) / max(1, words)))
     found: dict[tuple[int, ...], list[int]] = {}
     for text in texts:
@@ -977,7 +1053,9 @@ def plan(forget: list[Text], retain: list[Text], settings: Settings) -> list[tup
         by_task = [[i for i, text in enumerate(texts) if text.task == task] for task in TASKS]
         cut = [rows[n : n + settings.batch_size] for rows in by_task for n in range(0, len(rows), settings.batch_size)]
         sides.append([cut[i] for i in torch.randperm(len(cut), generator=generator).tolist()])
-    return list(zip(*sides, strict=False))  # the longer side's last batches are left out
+    forget_batches, retain_batches = sides
+    steps = max(map(len, sides))  # the shorter side begins again
+    return [(forget_batches[n % len(forget_batches)], retain_batches[n % len(retain_batches)]) for n in range(steps)]
 
 
 @torch.no_grad()
@@ -1007,7 +1085,8 @@ def descend(
 ) -> Iterator[tuple[float, dict[int, Tensor]]]:
     """Yield after each epoch of AdamW its mean loss and the trained matrices, by block.
 
-    A run that goes on after a kill first yields the best of the epochs before.
+    A run that goes on after a kill first yields the best of the epochs before. To a target that grows from epoch to
+    epoch losses do not compare: then each epoch is better than those before, as arXiv 2506.16548 submitted the last.
     """
     sides = cache(decoder, forget, settings), cache(decoder, retain, settings)
     blocks = {index: decoder.block(index) for index in range(settings.trained[0] + 1, settings.trained[-1] + 1)}
@@ -1020,10 +1099,10 @@ def descend(
     directions = steering_directions(decoder.config.hidden_size, settings.seed, decoder.device)
     pairs = plan(forget, retain, settings)
     longest = 0.0
-    means, best = restore(progress.load("descent") if progress else {}, masters, optimizer)
+    distances, best = restore(progress.load("descent") if progress else {}, masters, optimizer)
     if best:
-        yield min(means), best
-    for _ in tqdm(range(len(means), settings.epochs), desc="epochs", mininterval=2):
+        yield min(distances), best
+    for epoch in tqdm(range(len(distances), settings.epochs), desc="epochs", mininterval=2):
         begun = time.monotonic()
         coefficients: dict[str, float] = {}
         losses = []
@@ -1041,12 +1120,13 @@ def descend(
             raise BadInput(
                 f"the loss is {mean}: the learning rate {settings.learning_rate} or beta {settings.beta} is too large"
             )
-        yield mean, {index: master.detach() for index, master in masters.items()}
+        distance = -float(epoch) if settings.coefficient == "growing" else mean
+        yield distance, {index: master.detach() for index, master in masters.items()}
         if progress:
-            means.append(mean)
-            if mean == min(means):
+            distances.append(distance)
+            if distance == min(distances):
                 best = {index: master.detach().clone() for index, master in masters.items()}
-            progress.save("descent", descent_state(means, best, masters, optimizer))
+            progress.save("descent", descent_state(distances, best, masters, optimizer))
         longest = max(longest, time.monotonic() - begun)
         if time.monotonic() + longest > deadline:
             break
@@ -1157,14 +1237,18 @@ class Progress:
         begun = time.monotonic()
         if begun < self.due:
             return
+        self.write(name, tensors)
+        ended = time.monotonic()
+        self.due = ended + (ended - begun) / SAVING
+
+    def write(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Save `tensors`, whatever time it takes."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with replaced(self.folder / f"{name}.safetensors") as temporary:
                 save_file(tensors, temporary, {"run": self.run})
         except Exception as error:  # a full disk; safetensors has an exception type of its own, as in `_shapes`
             print(f"{self.folder}: {name} cannot be kept for a run that is killed: {error}", file=sys.stderr)
-        ended = time.monotonic()
-        self.due = ended + (ended - begun) / SAVING
 
     def clear(self) -> None:
         """Remove the folder, and the one around it if nothing else is in there."""
@@ -1193,10 +1277,11 @@ def _run_of(path: Path) -> str | None:
 
 
 def descent_state(
-    means: list[float], best: dict[int, Tensor], masters: dict[int, Tensor], optimizer: torch.optim.AdamW
+    distances: list[float], best: dict[int, Tensor], masters: dict[int, Tensor], optimizer: torch.optim.AdamW
 ) -> dict[str, Tensor]:
-    """Return all that descent goes on from: the epochs' losses; by block the matrix, the best one, AdamW's moments."""
-    state = {"losses": torch.tensor(means, dtype=torch.float64)}
+    """Return all that descent goes on from: what `descend` yielded of each epoch; by block the matrix, the best one,
+    AdamW's moments."""
+    state = {"distances": torch.tensor(distances, dtype=torch.float64)}
     for index, master in masters.items():
         parts = {"matrix": master.detach(), "best": best[index], **optimizer.state[master]}
         state |= {f"{index}.{name}": value for name, value in parts.items()}
@@ -1207,7 +1292,7 @@ def descent_state(
 def restore(
     state: dict[str, Tensor], masters: dict[int, Tensor], optimizer: torch.optim.AdamW
 ) -> tuple[list[float], dict[int, Tensor]]:
-    """Put the state's matrices and moments in place; return its losses and best matrices. Without a state, neither."""
+    """Put the state's matrices and moments in place; return its distances and best matrices, or nothing of no state."""
     if not state:
         return [], {}
     best = {}
@@ -1216,7 +1301,7 @@ def restore(
         optimizer.state[master] = parts
         master.copy_(state[f"{index}.matrix"])
         best[index] = state[f"{index}.best"]
-    return state["losses"].tolist(), best
+    return state["distances"].tolist(), best
 
 
 # ---- the checkpoint ----
@@ -1240,24 +1325,42 @@ class Checkpoint:
     """The output folder: the input's files, with some tensors replaced inside their shards.
 
     A shard is copied, the tensors' bytes are overwritten in the copy, and the copy is renamed into place: whenever the
-    process is killed, each file is whole.
+    process is killed, each file is whole. Weights in other formats than safetensors are left out: nothing in them is
+    forgotten.
     """
 
     def __init__(self, source: Path, target: Path) -> None:
         self.source, self.target = source, target
         self.shards = {key: path for path in sorted(source.glob("*.safetensors")) for key in _shapes(path)}
+        self.files = [path for path in sorted(source.iterdir()) if path.is_file() and path.name[0] != "."]
+        self.files = [path for path in self.files if path.suffix not in PICKLED]
+        self.begun = False
+
+    def written(self) -> bool:
+        """Say whether the output folder has all files, of this run or another."""
+        return all((self.target / path.name).exists() for path in self.files)
 
     def save(self, tensors: dict[str, Tensor]) -> None:
-        """Write the checkpoint with `tensors`, by checkpoint key, in the original ones' place and precision."""
+        """Write the checkpoint with `tensors`, by checkpoint key, in the original ones' place and precision.
+
+        The tensors are the same ones at each call. The first writes all files, and removes an earlier run's weights and
+        its record; later ones write what changes.
+        """
         self.target.mkdir(parents=True, exist_ok=True)
+        if not self.begun:
+            names = {path.name for path in self.files}
+            older = [path for path in self.target.iterdir() if path.name not in names]
+            for path in older:
+                if path.name == "run.json" or path.name.endswith((".safetensors", ".safetensors.index.json")):
+                    path.unlink()
         changed = {self.shards[key] for key in tensors}
-        for path in sorted(self.source.iterdir()):
-            written = self.target / path.name
-            if path.is_file() and path.name[0] != "." and (path in changed or not written.exists()):
-                with replaced(written) as temporary:
+        for path in self.files:
+            if path in changed or not self.begun:
+                with replaced(self.target / path.name) as temporary:
                     shutil.copyfile(path, temporary)
                     if path in changed:
                         overwrite(temporary, {key: value for key, value in tensors.items() if self.shards[key] == path})
+        self.begun = True
 
     def record(self, settings: Settings, seconds: float) -> None:
         """Write run.json: settings, versions, hardware, wall time and peak memory."""

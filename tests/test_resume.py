@@ -112,14 +112,14 @@ def test_a_kill_leaves_what_was_done_and_no_result(output: Path, method: str):
     assert not (output / "run.json").exists()
     saved = sorted(name for name in names(output / ".unfinished") if name[0] != ".")
     if method == "descend":
-        assert saved == ["descent.safetensors"]
+        assert saved == ["descent.safetensors", "kept.safetensors"]
     else:  # all of the first pass, block 2 of the second, whose weight of the documents is another
-        assert saved[-1] == "general.safetensors"
-        assert [name[-len("block-2.safetensors") :][:7] for name in saved[:-1]].count("block-2") == 2
+        assert saved[-2:] == ["general.safetensors", "kept.safetensors"]
+        assert [name[-len("block-2.safetensors") :][:7] for name in saved[:-2]].count("block-2") == 2
         assert [name for name in saved if f"documents-{SOLVED.documents}-" in name] == [
             f"documents-{SOLVED.documents}-block-{index}.safetensors" for index in (2, 3, 4)
         ]
-        assert len(saved) == 5
+        assert len(saved) == 6
 
 
 def test_a_killed_run_ends_with_the_tensors_of_an_undisturbed_one(

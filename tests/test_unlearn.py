@@ -1,5 +1,6 @@
 """The submission: its loss by formula, its blocks against the whole model, and what it writes."""
 
+import contextlib
 import dataclasses
 import fcntl
 import itertools
@@ -17,6 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline import unlearn as submission
 from pipeline.lib.models import load_model, load_tokenizer
@@ -315,6 +318,46 @@ def test_each_round_of_a_repair_weighs_three_times_what_was_right_and_came_out_w
     torch.testing.assert_close(solve_of(checkpoint, forget, kept, settings)[3], expected[2], rtol=1e-3, atol=1e-3)
 
 
+def test_general_text_is_held_by_its_part_of_alpha(checkpoint: Path, forget, retain):
+    """The same rows as general text of half the weight, or with the other half as rows of one kind: the same loss."""
+    held = [dataclasses.replace(text, task="Task1", id="asc1", prompt=0) for text in retain]
+    general = [dataclasses.replace(text, task="general", prompt=0) for text in retain]
+    settings = dataclasses.replace(SOLVED, trained=(3,), alpha=3.0, answer=1.0, general=0.5)
+    found = solve_of(checkpoint, forget, held, settings, general)[3]
+    alone = dataclasses.replace(settings, alpha=4.5)
+    torch.testing.assert_close(solve_of(checkpoint, forget, held, alone)[3], found, rtol=1e-3, atol=1e-4)
+    assert (solve_of(checkpoint, forget, held, settings)[3] - found).abs().max() > 1e-2
+
+
+def test_a_block_between_trained_ones_passes_on_what_these_leave(checkpoint: Path, forget, retain):
+    """Blocks 1 and 4: what enters block 4 is what the whole model has there once block 1 has changed."""
+    settings = dataclasses.replace(SOLVED, trained=(1, 4), alpha=0.0, ridge=1e-6)
+    model = load_model(checkpoint)
+    for index, matrix in solve_of(checkpoint, forget, retain, settings).items():
+        model.model.layers[index].mlp.down_proj.weight.data = matrix
+    directions = submission.steering_directions(model.config.hidden_size, SOLVED.seed, torch.device("cpu"))
+    after, before = states_of(model, forget), states_of(load_model(checkpoint), forget)
+    for text, new, old in zip(forget, after, before, strict=True):
+        target = SOLVED.beta * old[5][1:].norm(dim=-1).mean() * directions[text.task]
+        assert (new[5][1:] - target).norm(dim=-1).mean() < 0.5 * (old[5][1:] - target).norm(dim=-1).mean()
+
+
+@pytest.mark.parametrize(("longest", "ridge"), [(1, 1e-8), (1000, 1e-6)])
+def test_where_the_ridge_is_less_than_the_sums_are_rounded_by_a_larger_one_is_taken(longest: float, ridge: float):
+    """Few tokens for a wide matrix: plain Cholesky fails there, and a solution exists, for they can all be fitted."""
+    generator = torch.Generator().manual_seed(0)
+    entering = torch.randn(20, 1024, generator=generator)
+    entering[0] *= longest
+    leaving = torch.randn(20, 8, generator=generator)
+    target = leaving + entering @ torch.randn(1024, 8, generator=generator) / 32
+    fit = submission.Fit([torch.full((20,), 0.05)], [entering], [leaving], [target])
+    equations = submission.equations_of(torch.zeros(8, 1024), [fit], [1.0])
+    ridged = equations.gram + ridge * equations.gram.diagonal().mean() * torch.eye(1024)
+    assert torch.linalg.cholesky_ex(ridged)[1] > 0
+    (found,) = fit.outputs(equations.solution(ridge))
+    assert (found - target).norm() < 0.1 * (leaving - target).norm()
+
+
 def test_a_fixed_coefficient_is_the_length_of_the_closed_forms_target(checkpoint: Path, forget):
     states = [state[3] for state in states_of(load_model(checkpoint), forget[:4])]
     directions = submission.steering_directions(states[0].shape[1], 0, torch.device("cpu"))
@@ -458,10 +501,59 @@ def test_a_second_pass_runs_the_untouched_model_only_where_it_could_not_be_kept(
     assert all(torch.equal(found[index], expected[index]) for index in SOLVED.trained)
 
 
+def test_the_nearest_pass_is_kept_and_a_run_that_goes_on_does_not_take_it_back(
+    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The attack says .9, .52 and .3 of three passes; the second run is broken off after the first of them."""
+    output, settings = tmp_path / "out", dataclasses.replace(SOLVED, passes=3)
+
+    def run(*found: float) -> bytes:
+        said = iter(found)
+        monkeypatch.setattr(submission, "attack", lambda *_: next(said))
+        with contextlib.suppress(RuntimeError):  # what becomes of a StopIteration in a generator
+            unlearn(str(checkpoint), str(output), str(data / "forget"), str(data / "retain"), settings)
+        return (output / "model.safetensors").read_bytes()
+
+    monkeypatch.setattr(submission, "NEAR", 0.0)
+    monkeypatch.setattr(submission, "SAVING", math.inf)  # save whenever there is something to save
+    first = run(0.9)
+    second = run(0.9, 0.52)
+    assert first != second == run(0.9)
+    assert not (output / "run.json").exists() and second == run(0.9, 0.52, 0.3)
+    assert (output / "run.json").exists()
+
+
 def test_without_documents_of_the_attack_it_is_solved_once(checkpoint: Path, forget, retain, documents):
     rest = [text for text in forget if text not in documents]
     arguments = (Decoder(checkpoint, torch.float32), load_tokenizer(checkpoint), rest, retain, [])
     assert [distance for distance, _ in submission.calibrate(*arguments, SOLVED, math.inf)] == [pytest.approx(0)]
+
+
+def test_of_one_document_there_is_nothing_to_mix(checkpoint: Path, forget, retain, documents):
+    rest = [text for text in forget if text not in documents[1:]]
+    arguments = (Decoder(checkpoint, torch.float32), load_tokenizer(checkpoint), rest, retain, [])
+    assert len(list(submission.calibrate(*arguments, SOLVED, math.inf))) == 1
+
+
+def test_with_a_token_before_each_text_mixtures_and_general_text_have_it_once(checkpoint: Path, forget, retain):
+    tokenizer = load_tokenizer(checkpoint)
+    begin = tokenizer.pad_token_id  # as good as any
+    template = TemplateProcessing(single="<|padding|> $A", special_tokens=[("<|padding|>", begin)])
+    tokenizer._tokenizer.post_processor = template
+    both = [
+        [dataclasses.replace(text, tokens=[begin, *text.tokens], prompt=text.prompt + 1) for text in texts]
+        for texts in (forget, retain)
+    ]
+    documents = [text for text in both[0] if submission.is_document(text)]
+    general = submission.sample_general(checkpoint, tokenizer, *both, dataclasses.replace(SOLVED, general_ratio=5.0))
+    for text in [*submission.mix(tokenizer, documents, 0), *general]:
+        assert text.tokens[0] == begin
+    for text in submission.mix(tokenizer, documents, 0):
+        assert text.tokens.count(begin) == 1
+    asked = [begin, *tokenizer(submission.QUESTIONS, add_special_tokens=False).input_ids]
+    opened = {tuple(row.tokens[:4]) for row in both[1]}
+    assert [text.tokens[: len(asked)] == asked for text in general] == [n % 2 == 1 for n in range(len(general))]
+    assert all(tuple(text.tokens[:4]) in opened for text in general[::2])
 
 
 def test_one_pass_measures_no_losses(checkpoint: Path, forget, retain, monkeypatch: pytest.MonkeyPatch):
@@ -609,6 +701,24 @@ def test_plan_holds_batches_of_one_task_in_file_order(forget, retain):
             assert len({texts[row].task for row in batch}) == 1
 
 
+def test_of_unequal_sides_the_shorter_begins_again(forget, retain):
+    pairs = submission.plan(forget, retain[::4], SMALL)
+    assert {row for batch, _ in pairs for row in batch} == set(range(len(forget)))
+    assert {row for _, batch in pairs for row in batch} == set(range(len(retain[::4])))
+    batches = [batch for batch, _ in submission.plan(forget, forget, dataclasses.replace(SMALL, batch_size=1))]
+    assert batches != sorted(batches)  # shuffled
+
+
+def test_of_a_growing_target_the_last_epoch_is_kept(checkpoint: Path, data: Path, forget, retain, tmp_path: Path):
+    """Its length follows the model's, and so do the losses: the first epoch's is the lowest."""
+    settings = dataclasses.replace(SMALL, coefficient="growing", learning_rate=0.1)
+    unlearn(str(checkpoint), str(tmp_path), str(data / "forget"), str(data / "retain"), settings)
+    *_, (_, last) = submission.descend(Decoder(checkpoint, torch.float32), forget, retain, settings, float("inf"))
+    found = load_file(tmp_path / "model.safetensors")
+    for index, matrix in last.items():
+        assert torch.equal(found[f"model.layers.{index}.mlp.down_proj.weight"], matrix)
+
+
 @pytest.fixture(scope="module")
 def written(checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("unlearned") / "out"
@@ -667,6 +777,44 @@ def test_sharded_bfloat16_checkpoint_keeps_its_form(checkpoint: Path, data: Path
     assert changed == TRAINED
 
 
+def test_an_earlier_runs_weights_do_not_stay(checkpoint: Path, data: Path, tmp_path: Path):
+    """In the same folder, each time other blocks: first the model in one file, then twice the model in shards."""
+    load_model(checkpoint).save_pretrained(tmp_path / "in", max_shard_size="100KB")
+    load_tokenizer(checkpoint).save_pretrained(tmp_path / "in")
+    (tmp_path / "in" / "optimizer.pt").write_bytes(b"weights of the untouched model")
+    original = load_model(checkpoint).state_dict()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "completions.jsonl").write_text("of another stage")
+    for source, trained in ((checkpoint, (2, 3, 4)), (tmp_path / "in", (0, 1)), (tmp_path / "in", (4, 5))):
+        settings = dataclasses.replace(SOLVED, trained=trained, passes=1)
+        unlearn(str(source), str(tmp_path / "out"), str(data / "forget"), str(data / "retain"), settings)
+        found = load_model(tmp_path / "out").state_dict()
+        assert {key for key in found if not torch.equal(found[key], original[key])} == {
+            f"model.layers.{index}.mlp.down_proj.weight" for index in trained
+        }
+    names = {path.name for path in (tmp_path / "in").iterdir()} - {"optimizer.pt"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names | {"run.json", "completions.jsonl"}
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation"])
+def test_a_config_that_asks_for_another_attention_changes_nothing(checkpoint: Path, forget, tmp_path: Path, name: str):
+    shutil.copytree(checkpoint, tmp_path / "eager")
+    config = json.loads((tmp_path / "eager" / "config.json").read_text())
+    (tmp_path / "eager" / "config.json").write_text(json.dumps({**config, name: "eager"}))
+    expected, found = (
+        submission.losses(Decoder(folder, torch.float32), {}, forget) for folder in (checkpoint, tmp_path / "eager")
+    )
+    assert torch.equal(found, expected)
+
+
+def test_an_old_checkpoints_rotary_frequencies_are_no_weights(checkpoint: Path, forget, tmp_path: Path):
+    shutil.copytree(checkpoint, tmp_path / "old")
+    tensors = load_file(tmp_path / "old" / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, tmp_path / "old" / "model.safetensors", metadata={"format": "pt"})
+    assert Decoder(tmp_path / "old").depth == 6
+
+
 def test_out_of_time_still_leaves_a_whole_checkpoint(checkpoint: Path, data: Path, tmp_path: Path):
     settings = dataclasses.replace(SMALL, minutes=0.0, epochs=1000)
     unlearn(str(checkpoint), str(tmp_path / "out"), str(data / "forget"), str(data / "retain"), settings)
@@ -720,6 +868,72 @@ def refuse(checkpoint: Path, data: Path, output: Path, *options: str) -> str:
 def test_a_block_past_the_depth_is_refused(checkpoint: Path, data: Path, tmp_path: Path):
     message = refuse(checkpoint, data, tmp_path / "out", "--trained", "4", "5", "6")
     assert message == "error: block 6 is not in a model of 6 blocks (0 to 5)"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trained": (3,), "repaired": 1}, "of 1 trained blocks 1 repair"),
+        ({"repaired": -1}, "of 3 trained blocks -1 repair"),
+        ({"coefficient": "growing"}, "only the descent"),
+        ({"documents": 0.0}, "documents is 0.0, expected more than 0"),
+        ({"ridge": 0.0}, "ridge is 0.0, expected more than 0"),
+        ({"passes": 0}, "passes is 0, expected more than 0"),
+        ({"epochs": 0}, "epochs is 0, expected more than 0"),
+        ({"batch_size": 0}, "batch_size is 0, expected more than 0"),
+        ({"alpha": -1.0}, "alpha is -1.0, expected 0 or more"),
+        ({"general": math.nan}, "general is nan, expected 0 or more"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused(change, message: str):
+    with pytest.raises(BadInput, match=message):
+        submission.check_settings(dataclasses.replace(SOLVED, **change), 6)
+    for depth in (1, 2, 8, 16, 30, 32):
+        submission.check_settings(settings_for(depth), depth)
+        if depth > 2:
+            submission.check_settings(settings_for(depth, "descend"), depth)
+
+
+def test_the_models_own_folder_is_no_output(checkpoint: Path, data: Path):
+    before = (checkpoint / "model.safetensors").read_bytes()
+    with pytest.raises(BadInput, match="the model's own folder"):
+        unlearn(str(checkpoint), f"{checkpoint}/.", str(data / "forget"), str(data / "retain"), SMALL)
+    assert (checkpoint / "model.safetensors").read_bytes() == before
+
+
+SIZES = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 3} | {
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "initializer_range": 0.2
+}  # fmt: skip
+KNOWN = {"llama": True, "mistral": True, "qwen2": True, "olmo2": False, "granite": False, "gemma": False}
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_decoders_that_break_what_is_assumed_are_refused(kind: str, tmp_path: Path):
+    """OLMo 2 has a norm after the MLP, Granite a factor before the sum, Gemma one on its embeddings."""
+    torch.manual_seed(0)
+    factors = {"residual_multiplier": 0.5} if kind == "granite" else {}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES, **factors)).eval()
+    model.save_pretrained(tmp_path)
+    decoder, text = Decoder(tmp_path, torch.float32), Text("asc1", "Task1", list(range(5, 45)))
+    with contextlib.nullcontext() if KNOWN[kind] else pytest.raises(BadInput, match="not a decoder of the kind known"):
+        decoder.check_sum(1, text)
+        submission.check_same(decoder, model, text)
+    if KNOWN[kind]:
+        with torch.no_grad():
+            ids = torch.tensor([text.tokens])
+            expected = model(ids, labels=ids).loss.item()
+        assert submission.losses(decoder, {}, [text]).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_head_that_is_not_finite_is_refused(checkpoint: Path, data: Path, tmp_path: Path):
+    shutil.copytree(checkpoint, tmp_path / "in")
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["lm_head.weight"][3, 4] = float("nan")
+    save_file(tensors, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
+    settings = dataclasses.replace(SOLVED, general=0.0)
+    with pytest.raises(BadInput, match="lm_head.weight has values that are not finite"):
+        unlearn(str(tmp_path / "in"), str(tmp_path / "out"), str(data / "forget"), str(data / "retain"), settings)
+    assert not (tmp_path / "out").exists()
 
 
 def write(folder: Path, rows, retain_rows) -> Path:
