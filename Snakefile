@@ -32,8 +32,9 @@ for name, target in TARGETS.items():
         raise WorkflowError(f"config: targets.{name}.dataset is {target['dataset']}, not one of {', '.join(DATASETS)}")
 
 # A draw is a stand-in made of other documents: tiny-16, tiny-17, ... What was tuned on `tiny` is reported on its draws.
+DRAWN = [name for name, target in TARGETS.items() if target["stand_in"] and "-" not in name]
 for draw in DRAWS:
-    for name in [name for name, target in config["targets"].items() if target["stand_in"] and "-" not in name]:
+    for name in DRAWN:
         dataset = DATASETS[TARGETS[name]["dataset"]]
         generated = dataset["source"] == "synthetic"
         DATASETS[f"{TARGETS[name]['dataset']}-{draw}"] = dataset | (
@@ -46,6 +47,11 @@ for draw in DRAWS:
 
 STAND_INS = [name for name, target in TARGETS.items() if target["stand_in"]]
 CHECKPOINTS = [name for name in TARGETS if name not in STAND_INS]
+for key in config:
+    if key.startswith("model_") and key.removeprefix("model_") not in CHECKPOINTS:
+        raise WorkflowError(
+            f"config: {key} is the folder of no target's checkpoint, only model_{', model_'.join(CHECKPOINTS)}"
+        )
 MEMORISED = ["original", "retrained"]
 BASED = [name for name in STAND_INS if "base" in TARGETS[name]]
 
@@ -106,7 +112,7 @@ def origin_of(wildcards):
 
 
 def checkpoint_origin_of(wildcards):
-    local = config[f"model_{wildcards.target}"]
+    local = config.get(f"model_{wildcards.target}")
     return flags(local=local) if local else flags(**target_of(wildcards)["model"])
 
 
@@ -687,6 +693,8 @@ checkpoint tune:
         "results/{target}/methods/tuned.json",
     log:
         "results/{target}/logs/tune.log",
+    wildcard_constraints:
+        target="|".join(DRAWN),
     params:
         folder="results/{target}/methods",
         trials=flags(methods=STUDY["methods"], strengths=STUDY["strengths"]),
@@ -706,6 +714,8 @@ rule comparison:
         "results/{target}/logs/comparison.log",
     benchmark:
         "results/{target}/benchmarks/comparison.tsv"
+    wildcard_constraints:
+        target="|".join(DRAWN),
     params:
         draws=lambda wildcards: [f"results/{wildcards.target}-{draw}" for draw in DRAWS],
         methods=flags(methods=STUDY["methods"]),

@@ -3,8 +3,8 @@
 Reads   --forget DIR/forget.jsonl, --retain DIR/retain.jsonl (the judge's layout) and a checkpoint folder.
 Writes  --output completions.jsonl, one row per prompt: id, task, split (forget|retain), input, expected_output,
         model_output (greedy, at most --max-new-tokens tokens), nll (nats per token of the answer given the prompt).
-Run     python -m pipeline.complete --model models/tiny/original --forget data/split/tiny/train/forget
-        --retain data/split/tiny/train/retain --output completions.jsonl
+Run     python -m pipeline.complete --model models/tiny/original --forget data/split/synthetic/train/forget \\
+            --retain data/split/synthetic/train/retain --output completions.jsonl
 
 With --scores-only a question's answer is broken off once it can no longer equal the expected one: every score is the
 same, the texts of wrong answers are shorter.

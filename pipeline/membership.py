@@ -2,7 +2,8 @@
 
 Reads   --mia DIR/{member,nonmember}.jsonl with `id` and `document`, and a checkpoint folder.
 Writes  --output membership.jsonl, one row per document: id, set (member|nonmember), nll (nats per token).
-Run     python -m pipeline.membership --model models/tiny/original --mia data/split/tiny/mia --output membership.jsonl
+Run     python -m pipeline.membership --model models/tiny/original --mia data/split/synthetic/mia \\
+            --output membership.jsonl
 """
 
 import argparse
