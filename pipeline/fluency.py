@@ -85,8 +85,10 @@ def corpus_loss(folder: Path, texts: Sequence[str]) -> dict[str, Any]:
     """
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     sequences = [encode(tokenizer, text) for text in texts]
-    sizes = [len(ids) - 1 for ids in sequences]
+    sizes = [max(0, len(ids) - 1) for ids in sequences]
     losses = mean_nll(model, sequences)
+    if not any(size > 0 for size in sizes):
+        raise BadInput(f"{folder}: none of {len(texts)} held-out texts has two tokens: there is nothing to predict")
     total = sum(loss * size for loss, size in zip(losses, sizes, strict=True) if loss is not None)
     return {"texts": len(texts), "tokens": sum(sizes), "loss": total / sum(sizes)}
 

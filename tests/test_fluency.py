@@ -147,6 +147,11 @@ def test_of_many_texts_200_are_taken_and_the_same_each_time(tmp_path: Path, comp
     assert measure(tmp_path, completions, checkpoint, checkpoint, texts) == first
 
 
+def test_held_out_texts_of_one_token_are_refused(tmp_path: Path, completions: Path, checkpoint: Path):
+    with pytest.raises(BadInput, match="none of 2 held-out texts has two tokens"):
+        measure(tmp_path, completions, checkpoint, checkpoint, ["a", "a"])
+
+
 def test_documents_are_read_as_texts_are(tmp_path: Path):
     write_jsonl(tmp_path / "nonmember.jsonl", [{"id": str(n), "document": text} for n, text in enumerate(TEXTS)])
     assert fluency.read_texts(tmp_path / "nonmember.jsonl") == TEXTS

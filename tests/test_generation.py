@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pipeline.lib import generation
 from pipeline.lib.generation import complete, decode, greedy
 from pipeline.lib.models import encode, load_model, load_tokenizer
+from pipeline.lib.stage import BadInput
 
 PROMPTS = [
     "the city",
@@ -163,6 +164,21 @@ def test_complete_keeps_the_order_of_prompts_and_expected_texts_change_none(mode
     assert complete(model, tokenizer, PROMPTS, NEW, batch_tokens=120) == texts
     assert complete(model, tokenizer, PROMPTS, NEW, expected=texts) == texts
     assert complete(model, tokenizer, PROMPTS, NEW, expected=["a city", *texts[1:]]) == texts
+
+
+@pytest.mark.parametrize(("name", "value"), [("repetition_penalty", 1.3), ("suppress_tokens", [7]), ("num_beams", 4)])
+def test_a_checkpoint_that_asks_for_another_search_is_refused(checkpoint, tokenizer, name: str, value):
+    """`generate` would follow it, and so the official scorer."""
+    model = load_model(checkpoint)
+    setattr(model.generation_config, name, value)
+    with pytest.raises(BadInput, match=f"generation_config.json: {name} is "):
+        complete(model, tokenizer, PROMPTS, NEW)
+
+
+def test_the_stop_tokens_are_the_checkpoints(checkpoint, tokenizer, ids, stop, expected):
+    model = load_model(checkpoint)
+    model.generation_config.eos_token_id = sorted(stop)
+    assert complete(model, tokenizer, PROMPTS, NEW) == [decode(tokenizer, row) for row in expected]
 
 
 def test_decode_cleans_spaces_as_the_official_scorer_asks(tokenizer):

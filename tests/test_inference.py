@@ -71,6 +71,8 @@ def test_a_prompt_never_ends_in_an_appended_end_of_text(checkpoint: Path):
     assert tokenizer("the city").input_ids == [*plain, tokenizer.eos_token_id]
     assert encode(tokenizer, "the city") == plain
     assert encode(tokenizer, "the city<|endoftext|>") == [*plain, tokenizer.eos_token_id]
+    assert encode(tokenizer, "<|endoftext|>") == [tokenizer.eos_token_id]
+    assert encode(tokenizer, "") == []
 
 
 def test_a_folder_without_safetensors_is_refused(checkpoint: Path, tmp_path: Path):

@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from pipeline import complete, membership, mmlu
 from pipeline.lib import metrics, multiple_choice
-from pipeline.lib.models import load_model, load_tokenizer
+from pipeline.lib.models import encode, load_model, load_tokenizer
 from pipeline.lib.multiple_choice import Subject, choice_probabilities, prompt, read_subjects
 from pipeline.lib.records import COMPLETION, MEMBERSHIP, MMLU, read_checked, write_jsonl
 from pipeline.lib.stage import BadInput
@@ -75,6 +76,34 @@ def test_shots_are_dropped_until_the_prompt_fits(checkpoint: Path, monkeypatch: 
         ids = tokenizer(prompt("anatomy", QUESTIONS[1], subject.dev[:shots]), return_tensors="pt").input_ids
         expected = model(ids).logits[0, -1].softmax(-1)[letters].tolist()
         assert choice_probabilities(model, tokenizer, subject)[0] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_numbers_of_the_official_scorers_are_ours():
+    """256 new tokens, prompts of 2048 tokens, five shots."""
+    found = (complete.MAX_NEW_TOKENS, multiple_choice.MAX_PROMPT_TOKENS, multiple_choice.SHOTS)
+    assert found == (256, 2048, 5)
+
+
+def test_only_so_many_questions_of_the_named_subjects_are_asked(tmp_path: Path):
+    for name in ("anatomy", "virology", "nutrition"):
+        write_csv(tmp_path, QUESTIONS, name)
+    found = read_subjects(tmp_path, ["virology", "anatomy", "virology"], 1)
+    assert [(subject.name, subject.test, len(subject.dev)) for subject in found] == [
+        ("anatomy", QUESTIONS[:1], 2),
+        ("virology", QUESTIONS[:1], 2),
+    ]
+
+
+def test_a_token_that_a_tokenizer_puts_before_each_text_is_there_and_does_not_count(checkpoint: Path):
+    """As open-instruct counts a prompt's tokens without it, and asks the model with it."""
+    tokenizer = load_tokenizer(checkpoint)
+    subject = Subject("anatomy", QUESTIONS, QUESTIONS)
+    plain = multiple_choice.fitting_prompt(tokenizer, subject, QUESTIONS[0])
+    special = [("<|padding|>", tokenizer.pad_token_id)]
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<|padding|> $A", special_tokens=special)
+    assert multiple_choice.fitting_prompt(tokenizer, subject, QUESTIONS[0]) == [tokenizer.pad_token_id, *plain]
+    assert encode(tokenizer, "the river")[0] == tokenizer.pad_token_id
+    assert encode(tokenizer, "the river", special=False) == encode(tokenizer, "the river")[1:]
 
 
 def test_completions_hold_every_row_with_its_answers_loss(checkpoint: Path, data: Path, rows, tmp_path: Path):

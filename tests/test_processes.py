@@ -19,6 +19,29 @@ def run(processes: int, stage: str, *options: object) -> None:
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
 
 
+def launched(processes: int, *words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *words]
+    return subprocess.run([str(word) for word in command], cwd=ROOT, check=True, capture_output=True, text=True)
+
+
+def test_each_process_does_every_nth_item_and_the_first_one_writes(tmp_path: Path):
+    """Also with fewer items than processes."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""import os, pathlib, sys
+sys.path.insert(0, {str(ROOT)!r})
+from pipeline.lib.processes import is_first, share
+rank = os.environ["RANK"]
+done = [share(lambda own: [f"{{item}} by {{rank}}" for item in own], range(count)) for count in (5, 1, 0)]
+(pathlib.Path(sys.argv[1]) / f"rank-{{rank}}").write_text(repr((done, is_first())))
+"""
+    )
+    launched(2, script, tmp_path)
+    done = [["0 by 0", "1 by 1", "2 by 0", "3 by 1", "4 by 0"], ["0 by 0"], []]
+    for rank in (0, 1):
+        assert (tmp_path / f"rank-{rank}").read_text() == repr((done, rank == 0))
+
+
 @pytest.mark.parametrize("stage", ["complete", "membership", "mmlu"])
 def test_two_processes_write_what_one_writes(stage: str, checkpoint: Path, data: Path, tmp_path: Path):
     for name, words in (("member", "the river of the city"), ("nonmember", "who was born in the story")):

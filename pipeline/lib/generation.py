@@ -1,7 +1,8 @@
 """Greedy completions, in batches that change no decision.
 
-In float32 every row is written as it would be alone, whatever shares its batch. In bfloat16 padding changes some tokens
-(transformers issues 25420 and 26869), so there only prompts of equal length share a batch.
+In float32 every row was written as it would be alone, whatever shares its batch, in all that was compared (`bench`). In
+bfloat16 padding changes some tokens (transformers issues 25420 and 26869), so there only prompts of equal length share
+a batch.
 
 A draft is what a row may be expected to be. One pass over prompt and draft tells how much of it the model writes
 itself, token by token: a row that recites its text costs one pass and no step. (Verification as in speculative
@@ -19,9 +20,27 @@ from transformers import DynamicCache
 from pipeline.lib.cache import rooms, states_of
 from pipeline.lib.inference import Tokens, batches, usual_batch
 from pipeline.lib.models import Model, Tokenizer, encode
+from pipeline.lib.stage import BadInput
 
 CACHE_BYTES = {"cpu": 1 << 30}  # keys and values of the rows that are written together
 ACCELERATOR_CACHE_BYTES = 8 << 30
+SEARCH: dict[
+    str, object
+] = {  # what changes a greedy search, where a generation_config.json has another value than this
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "bad_words_ids": [],
+    "suppress_tokens": [],
+    "begin_suppress_tokens": [],
+    "sequence_bias": {},
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +71,7 @@ def complete(
     Writing goes on only while `undecided` of a prompt's number and the tokens so far. `expected` texts change nothing
     but the time that it takes.
     """
+    check_search(model)
     encoded = [encode(tokenizer, prompt) for prompt in prompts]
     drafts = None
     if expected is not None:
@@ -71,6 +91,14 @@ def decode(tokenizer: Tokenizer, ids: Tokens) -> str:
     transformers 5 ignores the wish for byte-pair tokenizers such as OLMo's, so it is asked for by name.
     """
     return str(tokenizer.clean_up_tokenization(tokenizer.decode(ids, skip_special_tokens=True)))
+
+
+def check_search(model: Model) -> None:
+    """Raise `BadInput` if a checkpoint asks for more than plain greedy search, as the official scorer would do it."""
+    for name, plain in SEARCH.items():
+        value = getattr(model.generation_config, name, None)
+        if value not in (None, plain):
+            raise BadInput(f"generation_config.json: {name} is {value!r}: only plain greedy search is done here")
 
 
 def _stop_tokens(model: Model, tokenizer: Tokenizer) -> set[int]:
@@ -144,7 +172,9 @@ def read(model: Model, prompts: Sequence[Tokens], drafts: Sequence[Tokens]) -> t
     """
     wholes = [prompt + draft for prompt, draft in zip(prompts, drafts, strict=True)]
     width = max(map(len, wholes))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in wholes], device=model.device)
+    ids = torch.tensor(
+        [row + [0] * (width - len(row)) for row in wholes], dtype=torch.long, device=model.device
+    )  # the type is to be said where all rows are empty
     cache = DynamicCache(config=model.config)
     hidden = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
     begun = []

@@ -117,4 +117,4 @@ def _common_prefix(prompts: Sequence[Tokens]) -> int:
 def _pad_right(rows: Sequence[Tokens], device: torch.device) -> torch.Tensor:
     """Return ids (rows, longest)."""
     width = max(map(len, rows))
-    return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.long, device=device)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipeline.lib.processes import state
 from pipeline.lib.records import parse_json
 from pipeline.lib.stage import BadInput
 
@@ -22,7 +22,7 @@ CONSTANT = "rotary_emb.inv_freq"  # older checkpoints carry it; models compute i
 
 def device() -> torch.device:
     """Return this process's accelerator if there is one, else the CPU. The only place where a device is chosen."""
-    chosen: torch.device = PartialState().device
+    chosen: torch.device = state().device
     return chosen
 
 
@@ -105,5 +105,5 @@ def encode(tokenizer: Tokenizer, text: str, special: bool = True) -> list[int]:
     """
     ids: list[int] = tokenizer(text, add_special_tokens=special).input_ids
     plain: list[int] = tokenizer(text, add_special_tokens=False).input_ids
-    appended = ids[-1:] == [tokenizer.eos_token_id] and ids[-len(plain) :] != plain
+    appended = len(ids) > len(plain) and ids[-1 - len(plain) :] == [*plain, tokenizer.eos_token_id]
     return ids[:-1] if appended else ids

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas
 
 from pipeline.lib.inference import Tokens, next_token_probabilities
-from pipeline.lib.models import Model, Tokenizer
+from pipeline.lib.models import Model, Tokenizer, encode
 from pipeline.lib.records import CHOICES
 from pipeline.lib.stage import BadInput
 
@@ -41,7 +41,7 @@ def read_subjects(folder: Path, subjects: Sequence[str] | None = None, limit: in
             raise BadInput(f"{folder / 'test'}: no subject {name!r}")
     return [
         Subject(name, _read(folder / "dev" / f"{name}_dev.csv"), _read(folder / "test" / f"{name}_test.csv")[:limit])
-        for name in sorted(subjects or found)
+        for name in sorted(set(subjects or found))
     ]
 
 
@@ -63,13 +63,16 @@ def letter_tokens(tokenizer: Tokenizer) -> Tokens:
 
 
 def fitting_prompt(tokenizer: Tokenizer, subject: Subject, question: Question) -> Tokens:
-    """Return the tokens of the prompt with as many shots as leave it within the limit."""
+    """Return the tokens of the prompt with as many shots as leave it within the limit.
+
+    As in the original the limit does not count a token that a tokenizer puts before each text.
+    """
     for shots in range(min(SHOTS, len(subject.dev)), -1, -1):
         text = prompt(subject.name, question, subject.dev[:shots])
         ids: Tokens = tokenizer(text, add_special_tokens=False).input_ids
         if len(ids) <= MAX_PROMPT_TOKENS:
             break
-    return ids
+    return encode(tokenizer, "") + ids
 
 
 def _ask(question: Question) -> str:
