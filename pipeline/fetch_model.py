@@ -37,7 +37,8 @@ TOKENIZER = (
     "merges.txt",
 )
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of these makes a tokenizer
-PLAIN = ("config.json", "generation_config.json", *WEIGHTS, *TOKENIZER)
+CONFIGS = ("config.json", "generation_config.json")
+PLAIN = (*CONFIGS, *WEIGHTS, *TOKENIZER)
 
 
 def check_weights(folder: Path) -> None:
@@ -76,9 +77,13 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def place(source: Path, patterns: Sequence[str], folder: Path) -> None:
-    """Put the files directly in `source` that match a pattern into `folder`, without symbolic links."""
+    """Put the files directly in `source` that match a pattern into `folder`, without symbolic links.
+
+    A file of that name that is there already is replaced: to write into it would write into what it is linked to.
+    """
     for path in sorted(source.iterdir()):
         if path.is_file() and any(fnmatch(path.name, pattern) for pattern in patterns):
+            (folder / path.name).unlink(missing_ok=True)
             _link_or_copy(path.resolve(), folder / path.name)  # in the hub's cache names are links to blobs
 
 
@@ -111,7 +116,7 @@ def main(argv: Sequence[str]) -> None:
     if not has_tokenizer(tokenizer):
         raise BadInput(f"{tokenizer}: no tokenizer: none of {', '.join(VOCABULARIES)}")
     with whole_folder(args.output) as folder:
-        place(model, PLAIN, folder)
+        place(model, (*CONFIGS, INDEX, *_shards(model), *TOKENIZER), folder)
         if tokenizer != model:
             place(tokenizer, TOKENIZER, folder)
     print(f"{args.repo or args.local.name}: {sum(1 for _ in args.output.iterdir())} files in {args.output}")

@@ -60,7 +60,12 @@ from pipeline.lib.submission import (
 )
 
 DATA_FILES = ("**/*.jsonl", "**/*.parquet", "**/*.csv")
-FIXED = ("settings", "versions", "hardware")  # of run.json: the same in every run; what else it has was measured
+FIXED = (
+    "settings",
+    "versions",
+    "hardware",
+    "threads",
+)  # of run.json: the same in every run; what else it has was measured
 RUN = Draft202012Validator(
     {
         "type": "object",
@@ -69,6 +74,7 @@ RUN = Draft202012Validator(
             "settings": {"type": "object"},
             "versions": {"type": "object"},
             "hardware": {"type": "string"},
+            "threads": {"type": "integer", "minimum": 1},
         },
     }
 )

@@ -172,7 +172,7 @@ def _check_documents(source: Source, raw: Path) -> None:
     taken = [*_texts_of_rows(_tables(source)), *_texts_of_documents(source.mia.get("member", []))]
     documents, texts = {_document(row["id"]) for row in taken}, {row["text"] for row in taken}
     for number, row in enumerate(source.mia.get("nonmember", []), start=1):
-        if row["id"] in documents or row["document"] in texts:
+        if _document(row["id"]) in documents or row["document"] in texts:
             place = f"{raw / 'mia' / 'nonmember.jsonl'}: row {number}"
             raise BadInput(f"{place}: {row['id']!r} is in the data, so it is no non-member")
 
@@ -189,7 +189,7 @@ def _draw_documents(rows: list[Row], count: int, seed: int, name: str) -> list[R
 def _draw_mia(mia: Documents, forget: list[Row], nonmembers: int | None, seed: int, name: str) -> Documents:
     """Return the members that are documents of `forget`, and `nonmembers` non-members (default: as many)."""
     documents = {document_of(row["id"]) for row in forget}
-    members = [row for row in mia["member"] if row["id"] in documents]
+    members = [row for row in mia["member"] if _document(row["id"]) in documents]
     if not members:
         raise BadInput(f"{name}: mia/member.jsonl: none of its {len(mia['member'])} members is in the forget sample")
     ids = sorted(row["id"] for row in mia["nonmember"])
@@ -261,7 +261,7 @@ def _summary(source: Source) -> list[str]:
     lines = [f"{fold} {side}: {len(rows)} rows" for fold, sides in source.folds.items() for side, rows in sides.items()]
     if source.mia:
         documents = {document_of(row["id"]) for row in source.folds["train"]["forget"]}
-        forgotten = sum(row["id"] in documents for row in source.mia["member"])
+        forgotten = sum(_document(row["id"]) in documents for row in source.mia["member"])
         members, nonmembers = len(source.mia["member"]), len(source.mia["nonmember"])
         lines.append(f"mia: {members} members ({forgotten} of them forget documents), {nonmembers} non-members")
     if source.general:

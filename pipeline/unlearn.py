@@ -1363,7 +1363,7 @@ class Checkpoint:
         self.begun = True
 
     def record(self, settings: Settings, seconds: float) -> None:
-        """Write run.json: settings, versions, hardware, wall time and peak memory."""
+        """Write run.json: settings, versions, hardware, threads, wall time and peak memory."""
         run = {
             "settings": dataclasses.asdict(settings),
             "versions": {
@@ -1374,6 +1374,7 @@ class Checkpoint:
             "hardware": torch.cuda.get_device_name()
             if torch.cuda.is_available()
             else platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),  # on a CPU another number changes the last digits
             "wall_seconds": round(seconds, 2),
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }

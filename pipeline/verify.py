@@ -78,7 +78,6 @@ KIND_NAMES = {"sc": "regurgitation", "qa": "knowledge"}  # as the official keys 
 NUMBERS = ("score", "nll")  # columns that are not text
 LARGEST = 1 << 30  # bytes, of all members together: a zip of rows is far smaller
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # kept from the zipped code
-THREADS = "2"  # of the workflow's unlearning; another number can change the last digits
 VERSION = 20  # of the zip format: deflate
 
 Members = dict[str, bytes]  # name in the zip -> content
@@ -401,7 +400,7 @@ def run_again(path: Path, submission: bytes, model: Path, sides: Sequence[Path],
         judged = [model.resolve(), folder / "judged", *(side.resolve() for side in sides)]
         environment = {key: value for key, value in os.environ.items() if key not in SECRETS}
         environment |= {"HF_HOME": name, "HF_HUB_OFFLINE": "1"}  # no token that lies on the disk, no network
-        environment.setdefault("OMP_NUM_THREADS", THREADS)
+        environment["OMP_NUM_THREADS"] = str(manifest["unlearning"]["threads"])  # another number changes last digits
         command = [sys.executable, "-I", "submission.py", *map(str, judged)]
         done = subprocess.run(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, check=False)
         if done.returncode:
@@ -413,7 +412,8 @@ def compare_checkpoint(path: Path, model: Path, judged: Path, manifest: dict[str
     """Raise `BadInput` unless a checkpoint has the manifest's settings, tensors and files. Return how many changed."""
     if not (judged / "run.json").is_file():
         raise BadInput(f"{path}: submission.py: wrote no run.json when it was run again")
-    settings = parse_json(f"{path}: run.json", (judged / "run.json").read_bytes())["settings"]
+    ran = parse_json(f"{path}: run.json", (judged / "run.json").read_bytes())
+    settings = ran.get("settings") if isinstance(ran, dict) else ran
     if settings != manifest["unlearning"]["settings"]:
         raise BadInput(f"{path}: manifest.json: unlearning/settings are not those that submission.py runs: {settings}")
     found, recorded = changed_tensors(model, judged), manifest["model"]["changed"]

@@ -111,7 +111,13 @@ def sound(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, data: Path
             write(folder / name / f"{table}.jsonl", values)
     shutil.copytree(checkpoint, folder / "unlearned", dirs_exist_ok=True)
     alter(lambda tensors: tensors["model.layers.2.mlp.down_proj.weight"].mul_(2))(folder, "unlearned")
-    run_json = {"settings": {"beta": 2.0}, "versions": {"torch": "2"}, "hardware": "a machine", "wall_seconds": 1.5}
+    run_json = {
+        "settings": {"beta": 2.0},
+        "versions": {"torch": "2"},
+        "hardware": "a machine",
+        "threads": 1,
+        "wall_seconds": 1.5,
+    }
     (folder / "unlearned" / "run.json").write_text(json.dumps(run_json))
     for name in ("original", "unlearned"):
         assert call("score", score_flags(folder, name, folder / name / "evaluation_results.jsonl"))[0] == 0

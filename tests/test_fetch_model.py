@@ -71,6 +71,22 @@ def test_shards_and_index(sharded, tmp_path):
     assert fetch(sharded, tmp_path / "out") >= {*SHARDS, fetch_model.INDEX}
 
 
+def test_weights_that_no_index_names_stay_where_they_are(model, tmp_path):
+    save_file({"w": numpy.arange(6.0)}, model / "consolidated.safetensors")
+    assert "consolidated.safetensors" not in fetch(model, tmp_path / "out")
+
+
+def test_a_file_that_two_folders_have_is_the_second_ones_and_the_first_keeps_its_own(model, tmp_path):
+    """As where a model has a tokenizer's settings, but no vocabulary, and another repository has both."""
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "tokenizer_config.json").write_text("[1]")
+    (tmp_path / "out").mkdir()
+    for source in (model, tmp_path / "words"):
+        fetch_model.place(source, fetch_model.TOKENIZER, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer_config.json").read_text() == "[1]"
+    assert (model / "tokenizer_config.json").read_text() == "{}"
+
+
 def test_links_are_hard_never_symbolic(model, tmp_path):
     """As in the hub's cache, where names are symbolic links to blobs; the output must live on without them."""
     (tmp_path / "blob").write_bytes((model / "model.safetensors").read_bytes())

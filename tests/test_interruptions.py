@@ -126,6 +126,18 @@ def test_a_block_that_fails_leaves_the_old_output_and_nothing_else(tmp_path: Pat
     assert {one.name for one in tmp_path.iterdir()} <= {"out", ".out.lock"}
 
 
+def test_a_folder_around_the_place_of_the_call_or_the_home_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "work" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work" / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "home" / "mine"))
+    for place in ("../here", "../../work", tmp_path / "home" / "mine", tmp_path / "home"):
+        with pytest.raises(BadInput, match="would be replaced"), whole_folder(Path(place)):
+            pytest.fail("went on")
+    assert (tmp_path / "work" / "here").is_dir()
+
+
 def test_a_write_that_the_system_refuses_is_told_in_one_line(tmp_path: Path):
     """A limit on the size of files stands for a full disk, which takes root to make."""
     table = tmp_path / "table.jsonl"

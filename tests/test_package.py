@@ -48,7 +48,7 @@ AWKWARD = [
     "  spaces  ",
     "007",
 ]
-FIXED = {"settings": {"block": 5, "beta": 3.0}, "versions": {"torch": "2.0"}, "hardware": "a machine"}
+FIXED = {"settings": {"block": 5, "beta": 3.0}, "versions": {"torch": "2.0"}, "hardware": "a machine", "threads": 1}
 MEASURED = {"wall_seconds": 12.5, "peak_memory_bytes": 1000}
 RUN = FIXED | MEASURED
 WEIGHTS = {"kept": numpy.arange(6, dtype=numpy.float32).reshape(2, 3), "changed": numpy.ones(4, dtype=numpy.float32)}
@@ -392,7 +392,7 @@ def test_a_text_that_only_looks_like_a_path_is_packed(inputs, monkeypatch):
         ("results/tiny/unlearned/run.json", "{", "run.json: not JSON"),
         (
             "results/tiny/unlearned/run.json",
-            '{"settings": 1, "versions": {}, "hardware": ""}',
+            '{"settings": 1, "versions": {}, "hardware": "", "threads": 1}',
             r"run.json: \$.settings: 1 is",
         ),
         ("results/tiny/original/mmlu.jsonl", None, "original/mmlu.jsonl: no such file"),

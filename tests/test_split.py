@@ -324,6 +324,18 @@ def test_sample_depends_on_the_seed_alone(raw, tmp_path):
     assert forget("--nonmembers", "1") == forget("--nonmembers", "4")
 
 
+def test_members_may_be_named_by_their_row(raw, tmp_path, capsys):
+    """As in one public copy."""
+    expected = lines(run(raw, tmp_path / "out", "--documents-per-task", "2") / "mia" / "member.jsonl")
+    said = capsys.readouterr().out
+    change(raw, "mia/member.jsonl", lambda rows: [row.update(id=f"{row['id']}sc1") for row in rows])
+    found = lines(run(raw, tmp_path / "out", "--documents-per-task", "2") / "mia" / "member.jsonl")
+    assert found == [{**row, "id": f"{row['id']}sc1"} for row in expected]
+    assert capsys.readouterr().out == said and "(2 of them forget documents)" in said
+    change(raw, "mia/nonmember.jsonl", lambda rows: rows[1].update(id="retaintrainTask31sc1"))
+    assert "'retaintrainTask31sc1' is in the data" in refusal(raw)
+
+
 def test_more_than_there_is(raw):
     assert "forget_train: documents of Task1: 4 asked for, there are 3" in refusal(raw, "--documents-per-task", "4")
     assert "non-members: 5 asked for, there are 4" in refusal(raw, "--documents-per-task", "1", "--nonmembers", "5")

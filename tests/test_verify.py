@@ -28,12 +28,19 @@ from tests.conftest import ROOT
 
 ROWS = 2 * 12 * 3 + 2 * 10 + 2 * 8  # of both checkpoints: completions, membership, multiple choice
 NUMBERS = 2 * (4 + 12 + 12 + 5)  # overall, values, terms; the aggregate, AUC, its score, the accuracy, the final
-RUN = {"settings": {"beta": 3.0}, "versions": {"torch": "2.0"}, "hardware": "a machine", "wall_seconds": 1.5}
+RUN = {
+    "settings": {"beta": 3.0},
+    "versions": {"torch": "2.0"},
+    "hardware": "a machine",
+    "threads": 3,
+    "wall_seconds": 1.5,
+}
 # A submission in the judge's form, small enough to run a dozen times. It fails if the user's token or input reach it.
 SUBMISSION = """import json, os, pathlib, shutil, sys
 from safetensors.numpy import load_file, save_file
 model, out, forget, retain = map(pathlib.Path, sys.argv[1:])
 assert "CANARY" not in str(os.environ) and not sys.stdin.read()
+assert os.environ["OMP_NUM_THREADS"] == "3"
 shutil.copytree(model, out)
 tensors = load_file(model / "model.safetensors")
 tensors["second"] = tensors["second"] + len((forget / "forget.jsonl").read_text())
@@ -95,7 +102,9 @@ def zips(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write(folder / "data" / side / f"{side}.jsonl", [{"id": side}])
     (folder / "unlearn.py").write_text(SUBMISSION)
     paths = [str(folder / name) for name in ("model", "judged", "data/forget", "data/retain")]
-    subprocess.run([sys.executable, "unlearn.py", *paths], cwd=folder, stdin=subprocess.DEVNULL, check=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "3"}
+    command = [sys.executable, "unlearn.py", *paths]
+    subprocess.run(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, check=True)
     for name in ("config.json", "model.safetensors"):
         shutil.copy(folder / "judged" / name, folder / "unlearned" / name)
     (folder / "unlearned" / "run.json").write_text(json.dumps(RUN))

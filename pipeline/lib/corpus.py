@@ -102,7 +102,7 @@ def general(seed: int, documents: int) -> list[Row]:
 
 
 def multiple_choice(seed: int) -> dict[str, dict[str, list[Question]]]:
-    """Return {subject: {"dev": 5 rows, "test": 24 rows}}, one subject in each of MMLU's four categories."""
+    """Return {subject: {"dev": 5 rows, "test": 12 rows}}, one subject in each of MMLU's four categories."""
     random = Random(f"multiple choice {seed}")
     facts = {
         "elementary_mathematics": _sums(random),

@@ -32,7 +32,13 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path`, and rename it to `path` when the block ends well."""
+    """Yield an empty temporary folder beside `path`, and rename it to `path` when the block ends well.
+
+    What was there before goes. So `path` may not be where the stage was called, the user's home, or around one of them.
+    """
+    for place in (Path.cwd(), Path.home()):
+        if path.resolve() in (place, *place.parents):
+            raise BadInput(f"{path}: cannot be made: all that is in {path.resolve()} would be replaced")
     with _alone(path) as temporary:
         temporary.mkdir()
         yield temporary

@@ -23,6 +23,7 @@ MODE = 0o100644  # of every member: a plain file
 UNIX = 3  # zip's number for the system that wrote it; the same wherever this runs
 
 _TEXT = {"type": "string"}
+_COUNT = {"type": "integer", "minimum": 1}
 _SHA256 = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 _HASHES = {"type": "object", "minProperties": 1, "additionalProperties": _SHA256}
 
@@ -61,7 +62,7 @@ MANIFEST = Draft202012Validator(
             },
         ),
         data=_object(source=_TEXT, files={"type": "object", "minProperties": 1, "additionalProperties": _HASHES}),
-        unlearning=_object(settings={"type": "object"}, versions={"type": "object"}, hardware=_TEXT),
+        unlearning=_object(settings={"type": "object"}, versions={"type": "object"}, hardware=_TEXT, threads=_COUNT),
         scoring=_object(versions={"type": "object"}),
         sha256=_SHA256,
     )
