@@ -7,6 +7,7 @@ so the one thing that `snakemake --lint` finds is that no rule names an environm
 
 import json
 import os
+import shlex
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -33,22 +34,25 @@ for name, target in TARGETS.items():
 
 # A draw is a stand-in made of other documents: tiny-16, tiny-17, ... What was tuned on `tiny` is reported on its draws.
 DRAWN = [name for name, target in TARGETS.items() if target["stand_in"] and "-" not in name]
+drawn = {}
 for draw in DRAWS:
     for name in DRAWN:
-        dataset = DATASETS[TARGETS[name]["dataset"]]
-        generated = dataset["source"] == "synthetic"
-        DATASETS[f"{TARGETS[name]['dataset']}-{draw}"] = dataset | (
-            {"source": f"synthetic-{draw}"} if generated else {"seed": draw}
-        )
-        TARGETS[f"{name}-{draw}"] = TARGETS[name] | {
-            "dataset": f"{TARGETS[name]['dataset']}-{draw}",
-            "multiple_choice": {"source": f"synthetic-{draw}"} if generated else TARGETS[name]["multiple_choice"],
+        target, new = TARGETS[name], f"{TARGETS[name]['dataset']}-{draw}"
+        if f"{name}-{draw}" in TARGETS or new in config["datasets"]:
+            raise WorkflowError(f"config: {name}-{draw} and {new} are the names of a draw: choose others")
+        other = {"source": f"synthetic-{draw}"}
+        dataset, questions = DATASETS[target["dataset"]], target["multiple_choice"]
+        drawn[new] = dataset | (other if dataset["source"] == "synthetic" else {"seed": draw})
+        TARGETS[f"{name}-{draw}"] = target | {
+            "dataset": new,
+            "multiple_choice": questions | (other if questions["source"] == "synthetic" else {}),
         }
+DATASETS |= drawn
 
 STAND_INS = [name for name, target in TARGETS.items() if target["stand_in"]]
 CHECKPOINTS = [name for name in TARGETS if name not in STAND_INS]
-for key in config:
-    if key.startswith("model_") and key.removeprefix("model_") not in CHECKPOINTS:
+for key, folder in config.items():
+    if key.startswith("model_") and folder and key.removeprefix("model_") not in CHECKPOINTS:
         raise WorkflowError(
             f"config: {key} is the folder of no target's checkpoint, only model_{', model_'.join(CHECKPOINTS)}"
         )
@@ -74,7 +78,7 @@ def flags(**values):
     for name, value in values.items():
         if value is not None:
             words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-    return " ".join(words)
+    return shlex.join(words)
 
 
 def target_of(wildcards):
@@ -108,12 +112,25 @@ def folder_of(wildcards):
 
 def origin_of(wildcards):
     name, _, seed = wildcards.source.partition("-")
-    return flags(source=name, seed=seed or None, local={"semeval25": config["data"], "mmlu": config["mmlu"]}.get(name))
+    return flags(source=name, seed=seed or None, local=local_of(name))
+
+
+def local_of(source):
+    """The user's folder with the files of a source, if they are not to come from the hub."""
+    folder = {"semeval25": config["data"], "mmlu": config["mmlu"]}.get(source)
+    return folder and str(Path(folder).expanduser())
+
+
+def files_of(folder):
+    """The data files in a user's folder and in the folders in it: one that was edited must be read again."""
+    ends = {".parquet", ".jsonl", ".json", ".csv"}
+    found = [path for pattern in ("*", "*/*", "*/*/*") for path in Path(folder).glob(pattern)] if folder else []
+    return sorted(str(path) for path in found if path.suffix in ends and path.is_file())
 
 
 def checkpoint_origin_of(wildcards):
     local = config.get(f"model_{wildcards.target}")
-    return flags(local=local) if local else flags(**target_of(wildcards)["model"])
+    return flags(local=Path(local).expanduser()) if local else flags(**target_of(wildcards)["model"])
 
 
 def sample_of(wildcards):
@@ -149,8 +166,15 @@ def size_of(wildcards):
 
 def origins_of(wildcards):
     target = target_of(wildcards)
-    model = "made by pipeline.memorise" if target["stand_in"] else "{repo} at {revision}".format(**target["model"])
-    return f"--model-source '{model}' --data-source '{DATASETS[target['dataset']]['source']}'"
+    if wildcards.target in BASED:
+        model = "SmolLM2-135M-Instruct (Apache-2.0), fine-tuned by pipeline.memorise"
+    elif target["stand_in"]:
+        model = "made by pipeline.memorise"
+    elif config.get(f"model_{wildcards.target}"):
+        model = "a local folder"
+    else:
+        model = "{repo} at {revision}".format(**target["model"])
+    return flags(model_source=model, data_source=DATASETS[target["dataset"]]["source"].partition("-")[0])
 
 
 def texts_of(wildcards):
@@ -237,7 +261,7 @@ def study_of(wildcards):
     """What the page shows of the study; only a stand-in can be drawn again for a comparison."""
     if not config["full_report"]:
         return []
-    parts = ["layers.json", "claims.json", *(["comparison.md"] if target_of(wildcards)["stand_in"] else [])]
+    parts = ["layers.json", "claims.json", *(["comparison.md"] if wildcards.target in DRAWN else [])]
     return [f"results/{wildcards.target}/{part}" for part in parts]
 
 
@@ -266,6 +290,7 @@ rule all:
 rule fetch_data:
     input:
         "data/sources.yaml",
+        lambda wildcards: files_of(local_of(wildcards.source)),
         code=code("fetch_data"),
     output:
         directory("data/raw/{source}"),
@@ -670,7 +695,7 @@ rule method:
         "results/{target}/benchmarks/methods/{method}.{strength}.tsv"
     wildcard_constraints:
         method=r"[a-z_]+",
-        strength=r"[\d.]+",
+        strength=r"\d[\d.e-]*",
     threads: threads_of
     resources:
         mem_mb=memory_of,
@@ -745,13 +770,11 @@ rule claims:
     params:
         questions=multiple_choice_of,
         asked=questions_asked_of,
-        alpha=lambda wildcards: target_of(wildcards)["sweep"]["alpha"],
-        seeds=STUDY["seeds"],
+        settings=lambda wildcards: flags(alpha=target_of(wildcards)["sweep"]["alpha"], seeds=STUDY["seeds"]),
     shell:
-        "python -m pipeline.claims --target-name {wildcards.target} --original {input.model} --alpha {params.alpha}"
+        "python -m pipeline.claims --target-name {wildcards.target} --original {input.model} {params.settings}"
         " --forget {input.data}/train/forget --retain {input.data}/train/retain --mia {input.data}/mia"
-        " --mmlu {params.questions} {params.asked} --seeds {params.seeds} --output {output.json} --figures {output.figures}"
-        " 2>&1 | tee {log}"
+        " --mmlu {params.questions} {params.asked} --output {output.json} --figures {output.figures} 2>&1 | tee {log}"
 
 
 rule model_card:

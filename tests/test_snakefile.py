@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -216,6 +217,73 @@ def test_an_unknown_dataset_is_refused_by_its_name(tmp_path: Path):
     done = snakemake(ROOT, "-n", "submissions/tiny.zip", "--configfile", str(tmp_path / "config.yaml"))
     assert done.returncode != 0
     assert "targets.tiny.dataset is sintetic, not one of synthetic, sample, " in done.stdout + done.stderr
+
+
+def test_a_checkpoint_of_ones_own_is_a_target(tmp_path: Path):
+    target = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())["targets"]["7b"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"targets": {"mine": target}}))
+    words = ["-n", "submissions/mine.zip", "--configfile", str(tmp_path / "config.yaml")]
+    checkout = clean_copy(tmp_path / "checkout")
+    assert f"--repo {target['model']['repo']}" in snakemake(checkout, *words).stdout
+    assert (
+        "fetch_model --local /models/mine" in snakemake(checkout, *words, "--config", "model_mine=/models/mine").stdout
+    )
+
+
+def test_a_checkpoint_of_no_target_is_refused_by_its_name(made: Path):
+    done = snakemake(made, "-n", "--config", "model_13b=/models/13b")
+    assert done.returncode != 0
+    assert "model_13b is the folder of no target's checkpoint, only model_1b, model_7b" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("target", ["7b", "tiny-21"])
+def test_what_has_no_draws_is_not_compared(made: Path, target: str):
+    done = snakemake(made, "-n", f"results/{target}/comparison.md")
+    assert done.returncode != 0
+    assert f"No rule to produce results/{target}/comparison.md" in done.stdout + done.stderr
+
+
+def test_an_edit_in_a_local_folder_is_seen(made: Path, tmp_path: Path):
+    shutil.copytree(made / "data" / "raw" / "synthetic", tmp_path / "my data")
+    words = ["--config", f"data={tmp_path / 'my data'}"]
+    done = snakemake(made, "data/raw/semeval25", *words)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert planned(made, *words, goals=["data/raw/semeval25"]) == set()
+    with (tmp_path / "my data" / "retain_train.jsonl").open("a") as file:
+        file.write("\n")
+    assert planned(made, *words, goals=["data/raw/semeval25"]) == {"fetch_data"}
+
+
+def test_a_draw_asks_the_questions_that_its_target_asks(tmp_path: Path):
+    chosen = {"source": "mmlu", "subjects": ["anatomy"], "questions": 3}
+    target = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())["targets"]["tiny"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"targets": {"mine": {**target, "multiple_choice": chosen}}}))
+    words = ["-n", "results/mine-21/original/mmlu.jsonl", "--configfile", str(tmp_path / "config.yaml")]
+    (command,) = re.findall(r"pipeline.mmlu .+", snakemake(clean_copy(tmp_path / "checkout"), *words).stdout)
+    assert "--data data/raw/mmlu --subjects anatomy --questions 3 " in command
+
+
+@pytest.mark.parametrize("name", ["targets: {tiny-21: ", "datasets: {synthetic-21: "])
+def test_what_is_named_as_a_draw_is_refused(tmp_path: Path, name: str):
+    config = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
+    table = "targets" if "targets" in name else "datasets"
+    entry = config[table]["tiny" if table == "targets" else "synthetic"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({table: {name.split("{")[1][:-2]: entry}}))
+    done = snakemake(ROOT, "-n", "submissions/tiny.zip", "--configfile", str(tmp_path / "config.yaml"))
+    assert done.returncode != 0
+    assert "tiny-21 and synthetic-21 are the names of a draw" in done.stdout + done.stderr
+
+
+def test_the_source_of_a_model_is_named_as_it_is(made: Path):
+    for target, words, source in (
+        ("7b", [], "'llmunlearningsemeval2025organization/olmo-finetuned-semeval25-unlearning at main'"),
+        ("7b", ["--config", "model_7b=/models/x"], "'a local folder'"),
+        ("135m", [], "'SmolLM2-135M-Instruct (Apache-2.0), fine-tuned by pipeline.memorise'"),
+        ("tiny-21", [], "'made by pipeline.memorise'"),
+    ):
+        stdout = snakemake(made, "-n", f"submissions/{target}.zip", *words).stdout
+        (found,) = re.findall(r"pipeline.package .+--model-source ('.+?') --data-source (\w+) ", stdout)
+        assert found == (source, "synthetic" if target == "tiny-21" else "semeval25")
 
 
 def test_lint_finds_nothing_but_the_missing_environments():
