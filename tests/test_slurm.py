@@ -66,7 +66,7 @@ class Run:
 
     def __init__(self, folder: Path, *words: str):
         self.log = folder / "snakemake.log"
-        often = ["--slurm-init-seconds-before-status-checks", "5"]
+        often = ["--slurm-init-seconds-before-status-checks", "5", "--max-jobs-per-timespan", "1000/1s"]
         command = [sys.executable, "-m", "snakemake", "--profile", "profiles/slurm", *often, *words]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
