@@ -207,17 +207,20 @@ def gpus_of(wildcards):
 
 
 def steering_of(wildcards):
-    """RMU's published window, the down_proj of blocks l-2 to l, here solved in closed form; nothing repaired."""
-    block = int(wildcards.block)
+    """RMU's published window, the down_proj of blocks l-2 to l; nothing repaired, all tokens alike.
+
+    Not as published: solved in closed form, each of the three blocks steered; general text held as well; kinds alike.
+    """
     fixed = wildcards.method == "rmu"
     sweep = target_of(wildcards)["sweep"]
     return flags(
-        trained=list(range(max(0, block - 2), block + 1)),
+        trained=list(range(int(wildcards.block) - 2, int(wildcards.block) + 1)),
         repaired=0,
         passes=1,
         coefficient="fixed" if fixed else None,
         beta=sweep["coefficient"] if fixed else None,
         alpha=sweep["alpha"],
+        answer=1,
         creative=1,
         general=1,
         seed=wildcards.seed,
@@ -229,7 +232,7 @@ def layers_of(wildcards):
         "results/{target}/layers/{method}.{block}.{seed}/evaluation_results.jsonl",
         target=wildcards.target,
         method=["rmu", "adaptive"],
-        block=range(target_of(wildcards)["sweep"]["blocks"]),
+        block=range(2, target_of(wildcards)["sweep"]["blocks"]),  # those with a whole window
         seed=range(STUDY["seeds"]),
     )
 

@@ -1,15 +1,16 @@
 """Score against depth: RMU and Adaptive RMU at every block, over seeds of the steering directions.
 
 Reads   --original  evaluation_results.jsonl of the untouched checkpoint (fields in score)
-        --sweep     DIR/{rmu,adaptive}.<block>.<seed>/evaluation_results.jsonl, blocks and seeds from 0
+        --sweep     DIR/{rmu,adaptive}.<block>.<seed>/evaluation_results.jsonl, blocks from 2, seeds from 0
 Writes  --output    layers.json: {"untouched": values, "rows": [values, method, block, seed], "best": {method: block}};
                     values: final, task_aggregate, mia, multiple_choice, terms (the twelve, forget first, as 1 - value)
         --picture   layers.svg: mean and standard deviation of the final score and its parts against the block
 Run     python -m pipeline.layers --original results/tiny/original/evaluation_results.jsonl \\
             --sweep results/tiny/layers --blocks 8 --seeds 5 --output layers.json --picture layers.svg
 
-Both methods change down_proj of blocks l-2 to l (arXiv 2403.03218), here at the minimum of their loss, block after
-block; they differ in the coefficient alone: fixed, or a multiple of the activations' norm (arXiv 2408.06223).
+Both methods change down_proj of blocks l-2 to l (arXiv 2403.03218), so the first is block 2; here at the minimum of
+their loss, block after block. They differ in the coefficient alone: fixed, or a multiple of the activations' norm
+(arXiv 2408.06223).
 """
 
 import argparse
@@ -25,7 +26,7 @@ from rich.table import Table
 
 from pipeline.lib.pictures import BLUE, GREY, ORANGE, svg
 from pipeline.lib.published import parts, read_results
-from pipeline.lib.stage import run, whole_file
+from pipeline.lib.stage import BadInput, run, whole_file
 
 METHODS = {"rmu": ("RMU, fixed coefficient", ORANGE), "adaptive": ("Adaptive RMU", BLUE)}
 VALUES = {
@@ -34,6 +35,7 @@ VALUES = {
     "mia": "MIA score",
     "multiple_choice": "multiple choice",
 }
+FIRST = 2  # the first block with a whole window
 SUBMITTED = 14 / 16  # relative depth of the block that arXiv 2506.16548 steered on OLMo 1B; 26 of 32 on 7B is near
 
 Row = dict[str, Any]
@@ -52,13 +54,13 @@ def values(path: Path) -> Row:
     }
 
 
-def sweep_rows(folder: Path, blocks: int, seeds: int) -> list[Row]:
+def sweep_rows(folder: Path, blocks: range, seeds: int) -> list[Row]:
     """Return the values of every method, block and seed."""
     return [
         {"method": method, "block": block, "seed": seed}
         | values(folder / f"{method}.{block}.{seed}" / "evaluation_results.jsonl")
         for method in METHODS
-        for block in range(blocks)
+        for block in blocks
         for seed in range(seeds)
     ]
 
@@ -69,24 +71,22 @@ def spread(rows: Sequence[Row], method: str, block: int, name: str) -> tuple[flo
     return fmean(found), stdev(found)
 
 
-def best_blocks(rows: Sequence[Row], blocks: int) -> dict[str, int]:
+def best_blocks(rows: Sequence[Row], blocks: range) -> dict[str, int]:
     """Return by method the block with the highest mean final score."""
-    return {method: max(range(blocks), key=lambda block: spread(rows, method, block, "final")[0]) for method in METHODS}
+    return {method: max(blocks, key=lambda block: spread(rows, method, block, "final")[0]) for method in METHODS}
 
 
-def picture(rows: Sequence[Row], untouched: Row, blocks: int) -> bytes:
+def picture(rows: Sequence[Row], untouched: Row, blocks: range) -> bytes:
     """Return an SVG of four panels, a value each, against the steered block."""
     figure = Figure(figsize=(9.6, 5.6), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True, sharey=True)
     for panel, (name, label) in zip(panels.flat, VALUES.items(), strict=True):
         for method, (words, colour) in METHODS.items():
-            means, deviations = zip(*(spread(rows, method, block, name) for block in range(blocks)), strict=True)
-            panel.errorbar(
-                range(blocks), means, deviations, color=colour, marker="o", markersize=4, capsize=3, label=words
-            )
+            means, deviations = zip(*(spread(rows, method, block, name) for block in blocks), strict=True)
+            panel.errorbar(blocks, means, deviations, color=colour, marker="o", markersize=4, capsize=3, label=words)
         panel.axhline(untouched[name], color=GREY, linestyle="--", linewidth=1, label="untouched")
         panel.axvline(
-            SUBMITTED * (blocks - 1), color=GREY, linestyle=":", linewidth=1, label="depth of the 2025 submission"
+            SUBMITTED * blocks[-1], color=GREY, linestyle=":", linewidth=1, label="depth of the 2025 submission"
         )
         panel.set(title=label, ylim=(-0.03, 1.03))
         panel.spines[["top", "right"]].set_visible(False)
@@ -96,10 +96,10 @@ def picture(rows: Sequence[Row], untouched: Row, blocks: int) -> bytes:
     return svg(figure)
 
 
-def table(rows: Sequence[Row], blocks: int) -> Table:
+def table(rows: Sequence[Row], blocks: range) -> Table:
     """Return the final scores for the terminal."""
     made = Table("block", *(words for words, _ in METHODS.values()), title="final score, mean and standard deviation")
-    for block in range(blocks):
+    for block in blocks:
         cells = ["{:.3f} ± {:.3f}".format(*spread(rows, method, block, "final")) for method in METHODS]
         made.add_row(str(block), *cells)
     return made
@@ -116,13 +116,16 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--picture", type=Path, required=True, help="layers.svg")
     args = parser.parse_args(argv)
 
-    untouched, rows = values(args.original), sweep_rows(args.sweep, args.blocks, args.seeds)
-    found = {"untouched": untouched, "rows": rows, "best": best_blocks(rows, args.blocks)}
+    if args.blocks <= FIRST or args.seeds < 2:
+        raise BadInput(f"--blocks {args.blocks} --seeds {args.seeds}: expected at least {FIRST + 1} and 2")
+    blocks = range(FIRST, args.blocks)
+    untouched, rows = values(args.original), sweep_rows(args.sweep, blocks, args.seeds)
+    found = {"untouched": untouched, "rows": rows, "best": best_blocks(rows, blocks)}
     with whole_file(args.picture) as temporary:
-        temporary.write_bytes(picture(rows, untouched, args.blocks))
+        temporary.write_bytes(picture(rows, untouched, blocks))
     with whole_file(args.output) as temporary:
         temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    Console().print(table(rows, args.blocks))
+    Console().print(table(rows, blocks))
 
 
 if __name__ == "__main__":

@@ -240,13 +240,13 @@ def text(name: str, task: str = "Task1") -> unlearn.Text:
     return unlearn.Text(name, task, random_tokens(8, len(name)), 3)
 
 
-@pytest.mark.parametrize(("block", "trained"), [(0, (0,)), (1, (0, 1)), (5, (3, 4, 5))])
+@pytest.mark.parametrize(("block", "trained"), [(2, (0, 1, 2)), (5, (3, 4, 5))])
 def test_a_window_is_rmus_three_blocks_with_nothing_repaired(block, trained):
     study = SimpleNamespace(decoder=SimpleNamespace(depth=8), alpha=1.5)
     settings = claims.window(study, block, 7, "fixed", 6.5)
     assert (settings.trained, settings.repaired, settings.seed) == (trained, 0, 7)
     assert (settings.coefficient, settings.beta, settings.alpha) == ("fixed", 6.5, 1.5)
-    assert settings.creative == settings.documents == settings.general == 1.0  # nothing of the submission's recipe
+    assert settings.answer == settings.creative == settings.documents == settings.general == 1.0  # all tokens alike
 
 
 def test_utility_and_score_are_their_formulas():
@@ -354,7 +354,7 @@ def noise(absolute, relative):
     }
 
 
-def layers(rmu, adaptive, after=lambda _block: 1.0, works=1.0, seconds=1.0):
+def layers(rmu, adaptive, after=lambda _block: 1.0, works=1.0, c=9.0):
     def row(method, block, seed):
         ours = method == "adaptive"
         return {
@@ -362,27 +362,30 @@ def layers(rmu, adaptive, after=lambda _block: 1.0, works=1.0, seconds=1.0):
             "block": block,
             "seed": seed,
             "score": (adaptive if ours else rmu)(block) + ((seed * seed + block * seed + ours) % 5) / 500,
-            "forget": 0.1 if ours and block < 8 * works else 0.9,
+            "forget": 0.1 if ours and block < 2 + 8 * works else 0.9,
             "utility": 0.9,
-            "seconds": seconds if ours else 1.0,
             "before": 10.0,
             "after": 10 * after(block) + seed / 99,
         }
 
-    rows = [row(method, block, seed) for method in ("rmu", "adaptive") for block in range(8) for seed in range(5)]
-    return {"blocks": 8, "untouched": {"forget": 1.0}, "rows": rows}
+    blocks = list(range(2, 10))
+    rows = [row(method, block, seed) for method in ("rmu", "adaptive") for block in blocks for seed in range(5)]
+    return {"blocks": blocks, "c": c, "untouched": {"forget": 1.0}, "rows": rows}
 
 
 def jailbreak(factor: float, broken: float, power: float):
     before = {"own": [1.0] * 8, "other": [float(value) for value in range(1, 9)]}
     after = [{"own": [1.0] * 8, "other": [value * factor for value in before["other"]]}] * 5
     attacks = [
-        {"model": model, "answer": answer, "attacked": rate, "plain": 0.0}
-        for model, answer, rate in [
-            ("unlearned", "own", broken),
-            ("untouched", "other", power),
-            ("untouched", "own", 1.0),
+        {"model": model, "answer": answer, "attacked": float(number < 10 * rate), "plain": plain}
+        for model, answer, rate, plain in [
+            ("unlearned", "own", broken, 0.0),
+            ("unlearned", "own", 1.0, 1.0),  # what is said without an attack is no success of it
+            ("untouched", "other", power, 0.0),
+            ("untouched", "other", 1.0, 1.0),
+            ("untouched", "own", 1.0, 0.0),
         ]
+        for number in range(10)
     ]
     return {"before": before, "after": after, "attacks": attacks}
 
@@ -430,14 +433,14 @@ OUTCOMES = [
     (claims.judge_noise, noise(falling, falling), [True, True]),
     (claims.judge_noise, noise(falling, rising), [True, False]),
     (claims.judge_noise, noise(rising, flat), [False, False]),
-    (claims.judge_fixed, layers(falling, flat, after=lambda block: 2 - block / 8), [True, True]),
-    (claims.judge_fixed, layers(falling, flat, after=rising), [True, False]),
-    (claims.judge_fixed, layers(rising, flat, after=rising), [False, False]),
-    (claims.judge_adaptive, layers(falling, rising), [True, True, True]),
-    (claims.judge_adaptive, layers(falling, rising, works=0.5, seconds=1.2), [False, True, False]),
-    (claims.judge_adaptive, layers(rising, falling, works=0.5, seconds=1.2), [False, False, False]),
+    (claims.judge_fixed, layers(falling, flat, after=lambda block: 2 - block / 8), [True, True, True]),
+    (claims.judge_fixed, layers(falling, flat, after=rising), [True, True, False]),
+    (claims.judge_fixed, layers(rising, flat, after=rising, c=11.0), [False, False, False]),
+    (claims.judge_adaptive, layers(falling, rising), [True, True]),
+    (claims.judge_adaptive, layers(falling, rising, works=0.5), [False, True]),
+    (claims.judge_adaptive, layers(rising, falling, works=0.5), [False, False]),
     (claims.judge_depth, layers(flat, rising), [True, True]),
-    (claims.judge_depth, layers(flat, lambda block: -abs(block - 4.4)), [False, True]),
+    (claims.judge_depth, layers(flat, lambda block: -abs(block - 6.4)), [False, True]),
     (claims.judge_depth, layers(flat, falling), [False, False]),
     (claims.judge_jailbreak, jailbreak(0.01, 0.1, 0.8), [True, True, True]),
     (claims.judge_jailbreak, jailbreak(0.5, 0.1, 0.8), [True, False, True]),
@@ -455,6 +458,21 @@ OUTCOMES = [
 @pytest.mark.parametrize(("judge", "numbers", "expected"), OUTCOMES)
 def test_conditions_hold_where_the_numbers_say_so(judge, numbers, expected):
     assert [holds for holds, _ in judge(numbers)] == expected
+
+
+def test_the_seeds_of_a_place_are_no_places_of_their_own():
+    """Of four means in falling order the p is one of 24 orders, however many seeds there are; of three, one of six."""
+    for places, p in ((4, 1 / 24), (3, 1 / 6)):
+        rows = [{"x": x, "y": -x + seed / 99, "seed": seed} for x in range(places) for seed in range(50)]
+        assert claims.falls(rows, "x", "y") == (places == 4, f"correlation -1.00, p = {p:.2g}")
+
+
+def test_as_much_unseen_text_is_as_many_tokens_to_learn():
+    wanted = [(random_tokens(9), 4), (random_tokens(5), 0)]  # 5 and 4: the first token is given
+    unseen = [(random_tokens(7, 1), 1), (random_tokens(20, 2), 1), (random_tokens(20, 3), 1)]
+    found = claims.as_much(unseen, wanted)
+    assert found == [unseen[0], (unseen[1][0][:4], 1)]
+    assert sum(len(tokens) - max(1, given) for tokens, given in found) == 9
 
 
 def test_equal_values_differ_in_nothing():
@@ -516,7 +534,7 @@ def test_a_model_gets_a_verdict_on_every_claim(folders, tmp_path: Path, monkeypa
         picture = xml.etree.ElementTree.parse(tmp_path / "figures" / entry["figure"])
         assert picture.getroot().tag.endswith("svg")
     sweep = next(entry["numbers"] for entry in entries if entry["claim"] == "C6")
-    assert len(sweep["rows"]) == 6 * 2 * 2
+    assert len(sweep["rows"]) == 4 * 2 * 2  # of six blocks those with a whole window
     norms = [row["after"] for row in sweep["rows"]]
     assert all(math.isfinite(norm) for norm in norms)
 

@@ -122,16 +122,16 @@ def test_a_draw_without_a_final_score_is_refused(draws: list[Path]):
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    """Two seeds of three blocks; RMU is best at block 0, Adaptive RMU at block 2."""
+    """Two seeds of blocks 2 to 4; RMU is best at block 2, Adaptive RMU at block 4."""
     write(tmp_path / "original", 0.0, 0.0, 0.9)
     for seed in (0, 1):
-        for block in (0, 1, 2):
-            write(tmp_path / "sweep" / f"rmu.{block}.{seed}", 0.6 - 0.2 * block + 0.1 * seed, 0.5, 0.5)
-            write(tmp_path / "sweep" / f"adaptive.{block}.{seed}", 0.6 + 0.1 * block + 0.1 * seed, 0.5, 0.5)
+        for n, block in enumerate((2, 3, 4)):
+            write(tmp_path / "sweep" / f"rmu.{block}.{seed}", 0.6 - 0.2 * n + 0.1 * seed, 0.5, 0.5)
+            write(tmp_path / "sweep" / f"adaptive.{block}.{seed}", 0.6 + 0.1 * n + 0.1 * seed, 0.5, 0.5)
     return tmp_path
 
 
-def swept(folder: Path, blocks: int = 3) -> dict:
+def swept(folder: Path, blocks: int = 5) -> dict:
     layers.main(
         [
             *("--original", str(folder / "original" / "evaluation_results.jsonl"), "--sweep", str(folder / "sweep")),
@@ -144,11 +144,11 @@ def swept(folder: Path, blocks: int = 3) -> dict:
 
 def test_the_sweep_holds_every_method_block_and_seed(sweep: Path):
     found = swept(sweep)
-    assert found["best"] == {"rmu": 0, "adaptive": 2}
+    assert found["best"] == {"rmu": 2, "adaptive": 4}
     assert len(found["rows"]) == 12
-    (row,) = [row for row in found["rows"] if (row["method"], row["block"], row["seed"]) == ("adaptive", 2, 1)]
+    (row,) = [row for row in found["rows"] if (row["method"], row["block"], row["seed"]) == ("adaptive", 4, 1)]
     assert row["task_aggregate"] == pytest.approx(0.9) and row["final"] == pytest.approx((0.9 + 0.5 + 0.5) / 3)
-    assert layers.spread(found["rows"], "rmu", 0, "task_aggregate") == (
+    assert layers.spread(found["rows"], "rmu", 2, "task_aggregate") == (
         pytest.approx(0.65),
         pytest.approx(0.1 / 2**0.5),
     )
@@ -168,5 +168,7 @@ def test_the_picture_names_both_methods_and_the_submitted_depth(sweep: Path):
 
 
 def test_a_missing_result_is_named(sweep: Path):
-    with pytest.raises(BadInput, match=r"rmu\.3\.0/evaluation_results\.jsonl: no such file"):
-        swept(sweep, blocks=4)
+    with pytest.raises(BadInput, match=r"rmu\.5\.0/evaluation_results\.jsonl: no such file"):
+        swept(sweep, blocks=6)
+    with pytest.raises(BadInput, match="--blocks 2 --seeds 2: expected at least 3 and 2"):
+        swept(sweep, blocks=2)
