@@ -202,6 +202,11 @@ def minutes_of(wildcards):
     return target_of(wildcards)["resources"]["minutes"]
 
 
+def minutes_of_method(wildcards):
+    """A draw's are its target's; without an entry the method's own."""
+    return flags(minutes=STUDY["minutes"].get(wildcards.target.partition("-")[0]))
+
+
 def gpus_of(wildcards):
     return target_of(wildcards)["resources"]["gpus"]
 
@@ -706,10 +711,10 @@ rule method:
         gpu=gpus_of,
     params:
         folder=subpath(output[0], parent=True),
-        minutes=STUDY["minutes"],
+        minutes=minutes_of_method,
     shell:
         "python -m pipeline.methods.{wildcards.method} {input.model} {params.folder} {input.data}/train/forget"
-        " {input.data}/train/retain --strength {wildcards.strength} --minutes {params.minutes} 2>&1 | tee {log}"
+        " {input.data}/train/retain --strength {wildcards.strength} {params.minutes} 2>&1 | tee {log}"
 
 
 # The strength that each method is reported with: the best on the target itself, whose documents no draw shares.

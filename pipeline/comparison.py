@@ -3,13 +3,14 @@
 Reads   --draws DIR ...  results/<target>-<draw>: evaluation_results.jsonl of original, retrained, unlearned,
                          methods/random_weights.1 and methods/<method>.<strength> (fields in score)
         --tuned          tuned.json, the strength chosen for each method
-Writes  --output         comparison.json: [{"system", "strength", "values": {part: [one a draw]}, "p": number or null}]
+Writes  --output         comparison.json: [{"system", "strength", "values": {part: [one a draw]}, "p", "p_holm"}], of
+                         which the last two are numbers or null
         --table          comparison.md: mean and standard deviation over the draws, sorted by final score
 Run     python -m pipeline.comparison --draws results/tiny-11 results/tiny-12 --methods npo sugd \\
             --tuned results/tiny/methods/tuned.json --name tiny --output comparison.json --table comparison.md
 
-p is that of a two-sided paired t-test of ours against a system's final scores over the draws, not corrected for the
-number of systems.
+p is that of a two-sided paired t-test of ours against a system's final scores over the draws; p_holm the same,
+corrected for the number of methods (Holm 1979), each of which counts once, with the better of its two settings.
 """
 
 import argparse
@@ -71,7 +72,35 @@ def compare(draws: Sequence[Path], named: Sequence[tuple[str, str, str]]) -> lis
     for line in lines:
         theirs = line["values"]["final"]
         line["p"] = None if line["system"] == OURS or theirs == ours else float(ttest_rel(ours, theirs).pvalue)
-    return sorted(lines, key=lambda line: -fmean(line["values"]["final"]))
+    lines.sort(key=lambda line: -fmean(line["values"]["final"]))
+    better: dict[str, Line] = {}
+    for line in lines:
+        if line["system"] not in (OURS, *CONTROLS):
+            better.setdefault(line["system"], line)
+    corrected = holm([line["p"] for line in better.values()])
+    for line in lines:
+        line["p_holm"] = None
+    for line, p in zip(better.values(), corrected, strict=True):
+        line["p_holm"] = p
+    return lines
+
+
+def holm(values: Sequence[float | None]) -> list[float | None]:
+    """Return p values corrected for their number: the smallest times all of them, the next times one less, and so on.
+
+    None is one that cannot be told from ours, and counts as 1.
+    """
+    order = sorted(range(len(values)), key=lambda place: _one(values[place]))
+    found: list[float | None] = [None] * len(values)
+    largest = 0.0
+    for rank, place in enumerate(order):
+        largest = max(largest, min(1.0, (len(values) - rank) * _one(values[place])))
+        found[place] = largest
+    return found
+
+
+def _one(p: float | None) -> float:
+    return 1.0 if p is None else p
 
 
 def markdown(lines: Sequence[Line], name: str, draws: int) -> str:
@@ -79,19 +108,20 @@ def markdown(lines: Sequence[Line], name: str, draws: int) -> str:
     text = [
         f"# Systems compared on {draws} draws of {name}",
         "",
-        f"| system | setting | {' | '.join(PARTS.values())} | p |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        f"| system | setting | {' | '.join(PARTS.values())} | p | p, corrected |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for line in lines:
         cells = [f"{fmean(values):.3f} ± {stdev(values):.3f}" for values in line["values"].values()]
-        p = "" if line["p"] is None else f"{line['p']:.2g}"
+        p = " | ".join("" if line[name] is None else f"{line[name]:.2g}" for name in ("p", "p_holm"))
         own = line["system"] in (OURS, *CONTROLS)
         system = f"**{line['system']}**" if own else line["system"].replace("_", " ")
         text.append(f"| {system} | {line['strength']} | {' | '.join(cells)} | {p} |")
     notes = [
         f"Mean ± standard deviation over {draws} stand-ins made of different documents; a stand-in's numbers are not"
         " leaderboard numbers. Bold: ours and the controls.",
-        "p: two-sided paired t-test of our final scores against the system's, not corrected for their number.",
+        "p: two-sided paired t-test of our final scores against the system's; corrected: by Holm, for the number of"
+        " methods, each of which counts once, with its better setting.",
     ]
     return "\n".join([*text, *(f"\n{note}" for note in notes)]) + "\n"
 
@@ -107,6 +137,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--table", type=Path, required=True, help="comparison.md")
     args = parser.parse_args(argv)
 
+    if len(args.draws) < 2:
+        raise BadInput(f"--draws {args.draws[0]}: expected at least two")
     lines = compare(args.draws, systems(args.methods, read_json(args.tuned, TUNED), args.tuned))
     table = markdown(lines, args.name, len(args.draws))
     with whole_file(args.table) as temporary:

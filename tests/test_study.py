@@ -105,6 +105,24 @@ def test_p_is_that_of_the_paired_t_test(draws: list[Path]):
     assert by_name[comparison.OURS, "-"] is None
 
 
+def test_p_values_are_corrected_by_holm():
+    """By hand: .01 x 4, then .02 x 3, .03 x 2 (no less than the one before), 1."""
+    assert comparison.holm([0.03, None, 0.01, 0.02]) == pytest.approx([0.06, 1.0, 0.04, 0.06])
+    assert comparison.holm([0.4, 0.9, 0.01]) == pytest.approx([0.8, 0.9, 0.03])
+
+
+def test_each_method_counts_once_in_the_correction(draws: list[Path]):
+    lines, _ = compare(draws)
+    npo = [line for line in lines if line["system"] == "npo"]
+    assert [line["p_holm"] for line in npo] == [
+        pytest.approx(npo[0]["p"]),
+        None,
+    ]  # the only method, at its better setting
+    assert all(line["p_holm"] is None for line in lines if line["system"] in (comparison.OURS, *comparison.CONTROLS))
+    with pytest.raises(BadInput, match="expected at least two"):
+        compare(draws[:1])
+
+
 def test_a_method_that_was_not_tuned_is_refused(draws: list[Path]):
     with pytest.raises(BadInput, match=r"tuned\.json: no 'sugd' in it"):
         compare(draws, "sugd")

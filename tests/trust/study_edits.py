@@ -15,10 +15,10 @@ from tests.trust.edit_matrix import CONFIG, add_a_line, change, count, kept, mod
 STUDY: dict[str, Any] = {
     "study.draws": [1, 2],
     "study.seeds": 2,
-    "study.minutes": 5,
+    "study.minutes": {"tiny": 5},
     "study.methods": ["npo_low_rank", "sugd"],
     "study.strengths": [1, 4],
-    "targets.tiny.sweep.blocks": 2,
+    "targets.tiny.sweep.blocks": 4,
     "targets.tiny.sweep.coefficient": 46,
     "targets.tiny.sweep.alpha": 1.5,
     "full_report": True,
@@ -43,12 +43,13 @@ TABLES = {"data/sources.yaml": {"fetch_data", "model_card"}, "data/leaderboard.c
 SETTINGS: dict[str, tuple[str, Any, set[str], str]] = {
     "another draw": ("study.draws", [1, 2, 3], {"comparison"}, ""),
     "another seed": ("study.seeds", 3, {"layers", "claims"}, ""),
-    "minutes": ("study.minutes", 6, {"method"}, ""),
+    "minutes": ("study.minutes", {"tiny": 6}, {"method"}, ""),
+    "another target's minutes": ("study.minutes", {"tiny": 5, "lume": 6}, set(), ""),
     "another method": ("study.methods", ["npo_low_rank", "sugd", "random_answer"], {"tune", "comparison"}, ""),
     "a method less": ("study.methods", ["npo_low_rank"], {"tune", "comparison"}, ""),
     "another strength": ("study.strengths", [0.25, 1, 4], {"tune"}, ""),
     "a strength less": ("study.strengths", [1], {"tune"}, ""),
-    "another block": ("targets.tiny.sweep.blocks", 3, {"layers"}, ""),
+    "another block": ("targets.tiny.sweep.blocks", 5, {"layers"}, ""),
     "RMU's coefficient": ("targets.tiny.sweep.coefficient", 47, {"layer"}, "/rmu."),
     "the sweep's retain term": ("targets.tiny.sweep.alpha", 2, {"layer", "claims"}, ""),
     "a report without the study": ("full_report", False, {"report"}, ""),
@@ -73,7 +74,7 @@ class Study:
     def __post_init__(self) -> None:
         methods, strengths = self.settings["study.methods"], self.settings["study.strengths"]
         raw, split, model, original, ours = self.target("tiny", "synthetic")
-        blocks, seeds = (range(self.settings[name]) for name in ("targets.tiny.sweep.blocks", "study.seeds"))
+        blocks, seeds = range(2, self.settings["targets.tiny.sweep.blocks"]), range(self.settings["study.seeds"])
         self.add(INPUTS, "layer_inputs", model, split)
         sweep = [
             self.layer(f"results/tiny/layers/{method}.{block}.{seed}", model, split)
