@@ -1,6 +1,7 @@
 """The peers' objectives against their formulas, and each method from end to end on a very small model."""
 
 import copy
+import dataclasses
 import importlib
 import itertools
 import json
@@ -18,6 +19,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from pipeline.lib.records import write_jsonl
@@ -114,6 +116,11 @@ def answer_loss(model: torch.nn.Module, text: Text) -> torch.Tensor:
     logits = model(input_ids=torch.tensor([text.tokens])).logits[0]
     places = range(text.prompt, len(text.tokens))
     return torch.stack([-logits[place - 1].log_softmax(-1)[text.tokens[place]] for place in places])
+
+
+def log_probabilities(model: torch.nn.Module, text: Text) -> torch.Tensor:
+    """Of the whole vocabulary, where the row's answer tokens are predicted: (answer tokens, vocabulary)."""
+    return model(input_ids=torch.tensor([text.tokens])).logits[0, text.prompt - 1 : -1].log_softmax(-1)
 
 
 def mean_loss(folder: Path, few: Path, side: str) -> float:
@@ -396,12 +403,164 @@ def test_random_answer_alternates_sides():
     assert steps == [Step([text(1)], []), Step([], [text(2)]), Step([text(3)], []), Step([], [text(4)])]
 
 
+# ---- each step of a method ----
+
+
+@dataclasses.dataclass
+class Terms:
+    """The terms of the published losses, written out row by row on transformers' own forward pass."""
+
+    model: torch.nn.Module  # in training
+    original: torch.nn.Module  # read anew from the checkpoint
+    forget: list[Text]
+    retain: list[Text]
+    drawn: list[Text]  # the forget rows with random answers
+    step: int = 0
+    first: float = math.nan  # CE_R of the first epoch, which is one step
+
+    def ce(self, rows: list[Text]) -> torch.Tensor:
+        return torch.cat([answer_loss(self.model, row) for row in rows]).mean()
+
+    def kl(self) -> torch.Tensor:
+        """KL(p0 || p) on R."""
+        values = []
+        for row in self.retain:
+            p0, p = log_probabilities(self.original, row).detach(), log_probabilities(self.model, row)
+            values.append((p0.exp() * (p0 - p)).sum(-1))
+        return torch.cat(values).mean()
+
+    def npo(self, beta: float, unit: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """`unit` makes of an answer's log probabilities those whose ratio counts: the answer's, its mean or all."""
+        values = []
+        for row in self.forget:
+            p0, p = unit(-answer_loss(self.original, row).detach()), unit(-answer_loss(self.model, row))
+            values.append((1 + (beta * (p - p0)).exp()).log().reshape(-1))
+        return 2 / beta * torch.cat(values).mean()
+
+
+def sugd_loss(of: Terms) -> torch.Tensor:
+    row = of.step // 14 * 2 + of.step % 2  # chunks of two rows, seven times each: 0 1 0 1 ..., then 2 3 2 3 ...
+    retain = [of.retain[(7 * row + n) % 2] for n in range(7)]
+    return (-of.ce([of.forget[row]]) + sum(0.5 * of.ce([one]) for one in retain)) / 8
+
+
+def early_mlp_loss(of: Terms) -> torch.Tensor:
+    retain = of.ce(of.retain)
+    if of.step == 0:
+        of.first = retain.item()
+    m = 1.2 if of.step == 0 else min(max(0.3 * 6 ** (retain.item() - of.first) + 0.8, 1.2), 2.3)
+    return -of.ce(of.forget) + m * retain
+
+
+def npo_merged_loss(of: Terms) -> torch.Tensor:
+    w1, w2, w3 = (0.4, 0.4, 0.2) if of.step < 5 else (0.3, 0.3, 0.4)
+    return w1 * of.npo(0.1, torch.mean) + w2 * of.kl() + w3 * of.ce(of.retain)
+
+
+@dataclasses.dataclass
+class Published:
+    loss: Callable[[Terms], torch.Tensor]
+    learning_rate: float
+    schedule: list[float]  # of each step: the part of the learning rate
+    rows: int = 2  # forget rows
+    rank: int | None = None  # of an adapter; at most 4, an eighth of the hidden size
+    dropout: float = 0.0
+
+
+# An epoch is one step; of sugd two, each of one forget row, and of random_answer two, each of one side.
+WARM = [0, 1, 0.75, 0.5, 0.25]
+STEPS = {
+    "gradient_ascent": Published(lambda of: -of.ce(of.forget), 1e-5, WARM),
+    "gradient_difference": Published(lambda of: -of.ce(of.forget) + of.ce(of.retain), 1e-5, WARM),
+    "kl_minimisation": Published(lambda of: -of.ce(of.forget) + of.kl(), 1e-5, WARM),
+    "npo": Published(lambda of: of.npo(0.1, torch.sum) + of.ce(of.retain), 1e-5, WARM),
+    "random_answer": Published(
+        lambda of: of.ce(of.retain if of.step % 2 else of.drawn), 1e-5, [0, 0.5, *(n / 8 for n in range(8, 0, -1))]
+    ),
+    "sugd": Published(sugd_loss, 1e-5, [n / 14 for n in range(14, 0, -1)] * 2, rows=4),
+    "early_mlp": Published(early_mlp_loss, 1.5e-5, [n / 8 for n in range(8, 0, -1)]),
+    "npo_low_rank": Published(
+        lambda of: of.npo(0.5, lambda tokens: tokens) + of.ce(of.retain) + 0.5 * of.kl(), 1e-4, [1] * 20, rank=2
+    ),
+    "npo_merged": Published(npo_merged_loss, 1e-4, WARM * 2, rank=4, dropout=0.05),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_every_step_is_down_the_slope_of_the_published_loss_at_the_published_rate(
+    name: str, job: Job, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What AdamW is given in each step: constants, terms and rows that reach it wrongly show in the slope."""
+    published, rates, dropouts = STEPS[name], [], set()
+    # As if the competition had two forget rows: a step has as many rows as published, so all, and each as often.
+    monkeypatch.setattr("pipeline.methods.loop.FORGET_ROWS", 2)
+    monkeypatch.setattr("pipeline.methods.sugd.CHUNK", 2)
+    job = dataclasses.replace(job, forget=job.forget[: published.rows], retain=job.retain[:2], strength=0.3)
+    for rows in (job.forget[:2], job.retain):  # else a mean over rows and one over tokens are the same
+        assert len({len(row.tokens) - row.prompt for row in rows}) == 2
+    drawn = random_answer.with_random_answers(job.forget, job.vocabulary, Random(job.seed))
+    terms = Terms(job.model, AutoModelForCausalLM.from_pretrained(checkpoint), job.forget, job.retain, drawn)
+
+    def compare(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if optimizer.defaults["lr"] == 0:  # the time of a step is measured; then dropout, which is random, is left out
+            for layer in job.model.modules():
+                if isinstance(layer, torch.nn.Dropout):
+                    dropouts.add(layer.p)
+                    layer.p = 0.0
+            return
+        parameters = optimizer.param_groups[0]["params"]
+        expected = torch.cat([slope.flatten() for slope in torch.autograd.grad(published.loss(terms), parameters)])
+        given = torch.cat([parameter.grad.flatten() for parameter in parameters])
+        error = (given - expected / max(1.0, expected.norm().item())).norm() / given.norm()
+        assert error < 1e-4, f"step {terms.step}"
+        if published.rank:
+            assert {min(parameter.shape) for parameter in parameters} == {published.rank}
+        rates.append(optimizer.param_groups[0]["lr"])
+        terms.step += 1
+        if terms.step < 5:  # further from the original than so few steps go: the loss of SHA256's retain rows rises
+            with torch.no_grad():
+                job.model.lm_head.weight.mul_(1.2)
+
+    hook = register_optimizer_step_pre_hook(compare)
+    try:
+        importlib.import_module(f"pipeline.methods.{name}").method(job)
+    finally:
+        hook.remove()
+    learning_rate = published.learning_rate * 4096 / 32 * 0.3  # hidden size 32, strength .3
+    assert rates == pytest.approx([learning_rate * part for part in published.schedule])
+    assert max(dropouts, default=0.0) == published.dropout
+
+
+def test_the_constants_are_those_published():
+    """Of 7B and 1112 forget rows: the step test sees them scaled, and those of rows, ranks and depths hardly at all."""
+    assert Settings(1e-5, 5, forget_rows=32, retain_rows=32, warmup=1) == TOFU
+    assert dataclasses.replace(TOFU, retain_rows=0) == gradient_ascent.PUBLISHED
+    assert npo.BETA == 0.1
+    # AILS-NTUA: chunks of 32, 7 times as many retain rows, -1 and +.5, the last 8 of 32 blocks, 7 epochs a chunk
+    assert Settings(1e-5, 7, forget_rows=1, retain_rows=7) == sugd.PUBLISHED
+    assert (sugd.CHUNK, sugd.FORGET, sugd.RETAIN, sugd.BLOCKS, sugd.DEPTH) == (32, -1.0, 0.5, 8, 32)
+    # ZJUKLAB: NPO + KL + CE, "over" in batches of 1 x 4 and "under" of 2 x 4, LoRA of rank 32 on all linear layers
+    assert npo_merged.WEIGHTS == {"over": (0.4, 0.4, 0.2), "under": (0.3, 0.3, 0.4)}
+    for name, rows in (("over", 4), ("under", 8)):
+        assert npo_merged.PUBLISHED[name] == Settings(1e-4, 5, forget_rows=rows, retain_rows=rows, warmup=1)
+    assert (npo_merged.BETA, npo_merged.RANK, npo_merged.DROPOUT, npo_merged.DENSITY) == (0.1, 32, 0.05, 0.8)
+    assert list(npo_merged.LINEAR) == LINEAR
+    # Atyaephyra: NPO of b .5, LoRA of rank 2 to 5 on the queries and values; the rest from a public script
+    assert Settings(1e-4, 20, forget_rows=2, retain_rows=2, decay=False) == npo_low_rank.PUBLISHED
+    assert (npo_low_rank.BETA, npo_low_rank.RANK) == (0.5, 2)
+    assert (npo_low_rank.RETAIN, npo_low_rank.DIVERGENCE) == (1.0, 0.5)
+    # SHA256: blocks 0 to 5 of 16, m cut to 1.2 and 2.3, steps of ten batches of 12 rows of both sides
+    assert Settings(1.5e-5, 8, forget_rows=60, retain_rows=60) == early_mlp.PUBLISHED
+    assert (early_mlp.BLOCKS, early_mlp.DEPTH, early_mlp.LOWEST, early_mlp.HIGHEST) == (6, 16, 1.2, 2.3)
+
+
 # ---- from end to end ----
 
 
 def test_every_method_is_tested():
     folder = Path(gradient_ascent.__file__).parent
     assert {path.stem for path in folder.glob("*.py")} - {"__init__", "loop"} == METHODS.keys()
+    assert METHODS.keys() - {"random_weights"} == STEPS.keys()
 
 
 @pytest.mark.parametrize("name", METHODS)
