@@ -241,9 +241,8 @@ def few(study: Study) -> list[unlearn.Text]:
     return study.general[: round(tokens / len(study.general[0].tokens)) or 1] if study.general else []
 
 
-def adaptive(study: Study, block: int, seed: int) -> dict[int, Tensor]:
+def adaptive(study: Study, block: int, seed: int, beta: float) -> dict[int, Tensor]:
     """Return what Adaptive RMU changes at a block."""
-    beta = unlearn.settings_for(study.decoder.depth).beta
     return solve(study, window(study, block, seed, "adaptive", beta), few(study))
 
 
@@ -328,19 +327,19 @@ def smallest_working(rows: Sequence[Numbers], untouched: Numbers) -> float:
     return min(working) if working else max(means, key=lambda ratio: means[ratio]["score"])
 
 
-def measure_layers(study: Study, seeds: int, c: float) -> Numbers:
-    """C5, C6, S1: RMU with one c and Adaptive RMU at every block."""
+def measure_layers(study: Study, seeds: int, c: float, beta: float) -> Numbers:
+    """C5, C6, S1: at every block RMU with one c and Adaptive RMU with one beta, alike at the reference block."""
     rows = []
     for block in tqdm(study.blocks, desc="blocks"):
         before = alignment(study, block, 0)["norm"]
         for method, seed in ((method, seed) for seed in range(seeds) for method in ("rmu", "adaptive")):
             rmu = window(study, block, seed, "fixed", c)
-            matrices = solve(study, rmu, few(study)) if method == "rmu" else adaptive(study, block, seed)
+            matrices = solve(study, rmu, few(study)) if method == "rmu" else adaptive(study, block, seed, beta)
             with changed(study.model, matrices):
                 after = alignment(study, block, seed)["norm"]
             place = {"method": method, "block": block, "seed": seed}
             rows.append({**place, "before": before, "after": after, **run_measures(study, matrices)})
-    return {"blocks": list(study.blocks), "c": c, "untouched": study.untouched, "rows": rows}
+    return {"blocks": list(study.blocks), "c": c, "beta": beta, "untouched": study.untouched, "rows": rows}
 
 
 def measure_noise(study: Study, seeds: int) -> Numbers:
@@ -365,7 +364,7 @@ def _sensitivity(study: Study, texts: Sequence[list[int]], block: int, size: flo
     return noise_sensitivity(study.model, texts, block, size, relative, generator)
 
 
-def measure_models(study: Study, seeds: int, block: int) -> dict[str, Numbers]:
+def measure_models(study: Study, seeds: int, block: int, beta: float) -> dict[str, Numbers]:
     """C1, C7, A, B: the untouched model, Adaptive RMU at a block ("after"), and the submission."""
     confidence: Numbers = {"block": block, "before": confidence_of(study), "after": [], "submission": []}
     jailbreak: Numbers = {"block": block, "before": gradients_of(study), "after": [], "attacks": []}
@@ -374,7 +373,7 @@ def measure_models(study: Study, seeds: int, block: int) -> dict[str, Numbers]:
     relearning: Numbers = {"unseen_accuracy": fmean(answer_accuracy(study.model, study.unseen)), "rows": []}
     for seed in tqdm(range(seeds), desc="models"):
         jailbreak["attacks"] += attacks_of(study, seed, "untouched")
-        with changed(study.model, adaptive(study, block, seed)):
+        with changed(study.model, adaptive(study, block, seed, beta)):
             confidence["after"].append(confidence_of(study))
             jailbreak["after"].append(gradients_of(study))
             jailbreak["attacks"] += attacks_of(study, seed, "unlearned")
@@ -974,10 +973,11 @@ def read_study(args: argparse.Namespace) -> Study:
 def measured(study: Study, seeds: int) -> tuple[list[Numbers], dict[str, bytes]]:
     """Return the entries of claims.json and the figures by name."""
     coefficient = measure_coefficient(study, seeds)
-    layers = measure_layers(study, seeds, coefficient["c"])
+    beta = coefficient["chosen"]
+    layers = measure_layers(study, seeds, coefficient["c"], beta)
     noise = measure_noise(study, seeds)
     best = best_block(layers, layers["blocks"])
-    models = measure_models(study, seeds, best)
+    models = measure_models(study, seeds, best, beta)
     confidence, jailbreak, insertion, relearning = models.values()
     entries = [
         entry("C1", confidence, judge_confidence(confidence)),
