@@ -223,7 +223,7 @@ def steering_of(wildcards):
         repaired=0,
         passes=1,
         coefficient="fixed" if fixed else None,
-        beta=sweep["coefficient"] if fixed else None,
+        beta=sweep["coefficient"] if fixed else sweep["beta"],
         alpha=sweep["alpha"],
         answer=1,
         creative=1,

@@ -19,7 +19,8 @@ STUDY: dict[str, Any] = {
     "study.methods": ["npo_low_rank", "sugd"],
     "study.strengths": [1, 4],
     "targets.tiny.sweep.blocks": 4,
-    "targets.tiny.sweep.coefficient": 46,
+    "targets.tiny.sweep.beta": 5,
+    "targets.tiny.sweep.coefficient": 225,
     "targets.tiny.sweep.alpha": 1.5,
     "full_report": True,
 }
@@ -50,6 +51,7 @@ SETTINGS: dict[str, tuple[str, Any, set[str], str]] = {
     "another strength": ("study.strengths", [0.25, 1, 4], {"tune"}, ""),
     "a strength less": ("study.strengths", [1], {"tune"}, ""),
     "another block": ("targets.tiny.sweep.blocks", 5, {"layers"}, ""),
+    "Adaptive RMU's beta": ("targets.tiny.sweep.beta", 6, {"layer"}, "/adaptive."),
     "RMU's coefficient": ("targets.tiny.sweep.coefficient", 47, {"layer"}, "/rmu."),
     "the sweep's retain term": ("targets.tiny.sweep.alpha", 2, {"layer", "claims"}, ""),
     "a report without the study": ("full_report", False, {"report"}, ""),
