@@ -188,8 +188,10 @@ def unlearn(
                 found = descend(decoder, forget, retain, settings, deadline, progress)
             kept = progress.load("kept") if checkpoint.written() else {}
             lowest = kept["distance"].item() if kept else math.inf
+            # To a target that grows from epoch to epoch losses do not compare: arXiv 2506.16548 submitted the last one.
+            last = settings.coefficient == "growing"
             for distance, matrices in found:
-                if distance < lowest:
+                if distance < lowest or last:
                     lowest = distance
                     checkpoint.save(named(decoder, matrices))
                     progress.write("kept", {"distance": torch.tensor(distance, dtype=torch.float64)})
@@ -1085,8 +1087,8 @@ def descend(
 ) -> Iterator[tuple[float, dict[int, Tensor]]]:
     """Yield after each epoch of AdamW its mean loss and the trained matrices, by block.
 
-    A run that goes on after a kill first yields the best of the epochs before. To a target that grows from epoch to
-    epoch losses do not compare: then each epoch is better than those before, as arXiv 2506.16548 submitted the last.
+    A run that goes on after a kill first yields the best of the epochs before, or the last one where losses do not
+    compare: see `unlearn`.
     """
     sides = cache(decoder, forget, settings), cache(decoder, retain, settings)
     blocks = {index: decoder.block(index) for index in range(settings.trained[0] + 1, settings.trained[-1] + 1)}
@@ -1099,10 +1101,10 @@ def descend(
     directions = steering_directions(decoder.config.hidden_size, settings.seed, decoder.device)
     pairs = plan(forget, retain, settings)
     longest = 0.0
-    distances, best = restore(progress.load("descent") if progress else {}, masters, optimizer)
+    means, best = restore(progress.load("descent") if progress else {}, masters, optimizer)
     if best:
-        yield min(distances), best
-    for epoch in tqdm(range(len(distances), settings.epochs), desc="epochs", mininterval=2):
+        yield min(means), best
+    for _ in tqdm(range(len(means), settings.epochs), desc="epochs", mininterval=2):
         begun = time.monotonic()
         coefficients: dict[str, float] = {}
         losses = []
@@ -1120,13 +1122,12 @@ def descend(
             raise BadInput(
                 f"the loss is {mean}: the learning rate {settings.learning_rate} or beta {settings.beta} is too large"
             )
-        distance = -float(epoch) if settings.coefficient == "growing" else mean
-        yield distance, {index: master.detach() for index, master in masters.items()}
+        yield mean, {index: master.detach() for index, master in masters.items()}
         if progress:
-            distances.append(distance)
-            if distance == min(distances):
+            means.append(mean)
+            if mean == min(means) or settings.coefficient == "growing":
                 best = {index: master.detach().clone() for index, master in masters.items()}
-            progress.save("descent", descent_state(distances, best, masters, optimizer))
+            progress.save("descent", descent_state(means, best, masters, optimizer))
         longest = max(longest, time.monotonic() - begun)
         if time.monotonic() + longest > deadline:
             break
@@ -1277,11 +1278,10 @@ def _run_of(path: Path) -> str | None:
 
 
 def descent_state(
-    distances: list[float], best: dict[int, Tensor], masters: dict[int, Tensor], optimizer: torch.optim.AdamW
+    means: list[float], best: dict[int, Tensor], masters: dict[int, Tensor], optimizer: torch.optim.AdamW
 ) -> dict[str, Tensor]:
-    """Return all that descent goes on from: what `descend` yielded of each epoch; by block the matrix, the best one,
-    AdamW's moments."""
-    state = {"distances": torch.tensor(distances, dtype=torch.float64)}
+    """Return all that descent goes on from: the epochs' losses; by block the matrix, the best one, AdamW's moments."""
+    state = {"losses": torch.tensor(means, dtype=torch.float64)}
     for index, master in masters.items():
         parts = {"matrix": master.detach(), "best": best[index], **optimizer.state[master]}
         state |= {f"{index}.{name}": value for name, value in parts.items()}
@@ -1292,7 +1292,7 @@ def descent_state(
 def restore(
     state: dict[str, Tensor], masters: dict[int, Tensor], optimizer: torch.optim.AdamW
 ) -> tuple[list[float], dict[int, Tensor]]:
-    """Put the state's matrices and moments in place; return its distances and best matrices, or nothing of no state."""
+    """Put the state's matrices and moments in place; return its losses and best matrices, or nothing of no state."""
     if not state:
         return [], {}
     best = {}
@@ -1301,7 +1301,7 @@ def restore(
         optimizer.state[master] = parts
         master.copy_(state[f"{index}.matrix"])
         best[index] = state[f"{index}.best"]
-    return state["distances"].tolist(), best
+    return state["losses"].tolist(), best
 
 
 # ---- the checkpoint ----

@@ -13,15 +13,11 @@ from tests.test_measure import QUESTIONS, write_csv
 pytestmark = pytest.mark.slow
 
 
-def run(processes: int, stage: str, *options: object) -> None:
-    launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"] if processes > 1 else []
-    command = [sys.executable, "-m", *launch, f"pipeline.{stage}", *map(str, options)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-
-
-def launched(processes: int, *words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *words]
-    return subprocess.run([str(word) for word in command], cwd=ROOT, check=True, capture_output=True, text=True)
+def run(processes: int, *words: object) -> None:
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launch, *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_each_process_does_every_nth_item_and_the_first_one_writes(tmp_path: Path):
@@ -36,7 +32,7 @@ done = [share(lambda own: [f"{{item}} by {{rank}}" for item in own], range(count
 (pathlib.Path(sys.argv[1]) / f"rank-{{rank}}").write_text(repr((done, is_first())))
 """
     )
-    launched(2, script, tmp_path)
+    run(2, script, tmp_path)
     done = [["0 by 0", "1 by 1", "2 by 0", "3 by 1", "4 by 0"], ["0 by 0"], []]
     for rank in (0, 1):
         assert (tmp_path / f"rank-{rank}").read_text() == repr((done, rank == 0))
@@ -56,7 +52,16 @@ def test_two_processes_write_what_one_writes(stage: str, checkpoint: Path, data:
         "mmlu": ["--data", tmp_path],
     }[stage]
     for processes in (1, 2):
-        run(processes, stage, "--model", checkpoint, *options, "--output", tmp_path / f"{processes}.jsonl")
+        run(
+            processes,
+            "-m",
+            f"pipeline.{stage}",
+            "--model",
+            checkpoint,
+            *options,
+            "--output",
+            tmp_path / f"{processes}.jsonl",
+        )
     alone, together = (read_table(tmp_path / f"{processes}.jsonl") for processes in (1, 2))
     assert len(alone) == {"complete": 36, "membership": 6, "mmlu": 6}[stage]
     for one, other in zip(alone, together, strict=True):

@@ -3,9 +3,11 @@
 A stage started plainly is the only process and does all of it.
 """
 
+import atexit
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -20,15 +22,18 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+@cache
 def state() -> Any:
     """Return this process's device, and its place among the others.
 
-    Trap: unless told that it is to use the CPU, accelerate lets each process there think that it is the only one.
+    Traps: unless told that it is to use the CPU, accelerate lets each process there think that it is the only one; and
+    a process that ends without a word to the others may be aborted by a thread that still listens to them.
     """
     found: Any = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if found.num_processes != started:
         raise BadInput(f"{started} processes were started, but they see {found.num_processes}: they would do all alike")
+    atexit.register(found.destroy_process_group)
     return found
 
 
