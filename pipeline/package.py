@@ -60,12 +60,7 @@ from pipeline.lib.submission import (
 )
 
 DATA_FILES = ("**/*.jsonl", "**/*.parquet", "**/*.csv")
-FIXED = (
-    "settings",
-    "versions",
-    "hardware",
-    "threads",
-)  # of run.json: the same in every run; what else it has was measured
+FIXED = ("settings", "versions", "hardware", "threads")  # of run.json: the same in every run; the rest was measured
 RUN = Draft202012Validator(
     {
         "type": "object",

@@ -43,6 +43,10 @@ def test_mean_nll_of_nothing_is_none(model):
     assert mean_nll(model, [[5], [5, 6]], [0, 2]) == [None, None]
 
 
+def test_a_batch_of_empty_rows_alone_has_no_loss_either(model):
+    assert mean_nll(model, [[], []]) == [None, None]
+
+
 def test_next_token_probabilities_equal_a_full_forward(model, tokenizer):
     head = encode(tokenizer, "the river and the city and the writer. ")
     for prompts in ([head + encode(tokenizer, p) for p in PROMPTS], [encode(tokenizer, p) for p in PROMPTS], [head]):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from pipeline.lib.cache import rooms, states_of
-from pipeline.lib.inference import Tokens, batches, usual_batch
+from pipeline.lib.inference import Tokens, batches, pad_right, usual_batch
 from pipeline.lib.models import Model, Tokenizer, encode
 from pipeline.lib.stage import BadInput
 
@@ -171,10 +171,7 @@ def read(model: Model, prompts: Sequence[Tokens], drafts: Sequence[Tokens]) -> t
     Beside it the keys and values, as `states_of`. Rows are padded on the right, where causal attention never looks.
     """
     wholes = [prompt + draft for prompt, draft in zip(prompts, drafts, strict=True)]
-    width = max(map(len, wholes))
-    ids = torch.tensor(
-        [row + [0] * (width - len(row)) for row in wholes], dtype=torch.long, device=model.device
-    )  # the type is to be said where all rows are empty
+    ids = pad_right(wholes, model.device)
     cache = DynamicCache(config=model.config)
     hidden = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
     begun = []

@@ -46,7 +46,9 @@ def mean_nll(
     first = [max(1, n) for n in (masked or [0] * len(sequences))]
     losses: list[float | None] = [None] * len(sequences)
     for rows in batches([len(ids) for ids in sequences], batch_tokens or usual_batch(model)):
-        ids = _pad_right([sequences[i] for i in rows], model.device)
+        if not sequences[rows[0]]:
+            continue  # the longest is empty, and so are all
+        ids = pad_right([sequences[i] for i in rows], model.device)
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         for row, states in zip(rows, hidden, strict=True):
             targets = torch.tensor(sequences[row][first[row] :], device=model.device)
@@ -71,7 +73,7 @@ def next_token_probabilities(
     prefix = _prefix(model, prompts[0][:shared], max(map(len, plan)), max(map(len, rests))) if shared else []
     found: list[list[float]] = [[] for _ in prompts]
     for rows in plan:
-        ids = _pad_right([rests[i] for i in rows], model.device)
+        ids = pad_right([rests[i] for i in rows], model.device)
         cache = rooms([part[: len(rows)] for part in prefix], shared) if shared else None
         hidden = model.base_model(
             input_ids=ids,
@@ -114,7 +116,7 @@ def _common_prefix(prompts: Sequence[Tokens]) -> int:
     return next(differs, shortest - 1)
 
 
-def _pad_right(rows: Sequence[Tokens], device: torch.device) -> torch.Tensor:
+def pad_right(rows: Sequence[Tokens], device: torch.device) -> torch.Tensor:
     """Return ids (rows, longest)."""
     width = max(map(len, rows))
-    return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.long, device=device)
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
