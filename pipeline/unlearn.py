@@ -69,6 +69,7 @@ TASKS = ("Task1", "Task2", "Task3")
 COLUMNS = ("id", "input", "output", "task")
 CACHE_BYTES = 4 << 30  # a larger cache of activations lies in a file
 KEPT_BYTES = 1 << 30  # of the untouched model's activations, kept from one pass of calibration to the next
+PART = 0.25  # of a GPU's memory: weights that fit in there are read once; so much may sampling keep of its texts
 SAVING = 0.02  # the part of the time that may go into saving what a killed run goes on from
 PIECE = 4  # words of a forget document that stay together in a mixture
 COHERENCE = 0.79  # the loss of an unseen document over that of a mixture: its words belong together; see `calibrate`
@@ -365,6 +366,9 @@ class Decoder:
         if not self.shards:
             raise BadInput(f"{folder}: no *.safetensors: weights in any other format are not read")
         self._check_shapes()
+        size = self.dtype.itemsize * sum(value.numel() for value in self.skeleton.state_dict().values())
+        self.keeps = self.device.type == "cuda" and size <= PART * torch.cuda.mem_get_info()[1]
+        self.kept: dict[str, Tensor] = {}  # the weights that were read, by name
         with self.device:
             self.rotary = type(self.skeleton.rotary_emb)(config=self.config)
 
@@ -386,13 +390,19 @@ class Decoder:
                     raise BadInput(f"{path}: tensor {key} has no place in the config's model")
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Read one parameter from its shard onto the device."""
+        """Return one parameter on the device, from its shard. It may be kept for the next time: not to be changed."""
+        wanted = dtype or self.dtype
+        if wanted == self.dtype and name in self.kept:
+            return self.kept[name]
         key = self.key(name)
         with safe_open(self.shards[key], framework="pt") as shard:
-            value: Tensor = shard.get_tensor(key)
+            value: Tensor = shard.get_tensor(key).to(self.device)
         if not value.isfinite().all():
             raise BadInput(f"{self.shards[key]}: tensor {key} has values that are not finite")
-        return value.to(self.device, dtype or self.dtype)
+        value = value.to(wanted)
+        if self.keeps and wanted == self.dtype:
+            self.kept[name] = value
+        return value
 
     def embed(self, texts: Sequence[Text]) -> list[Tensor]:
         """Return the embeddings of each text, (tokens, hidden)."""
@@ -918,9 +928,22 @@ def sample_general(
         openings.append(questions if number % 2 else row[: before + OPENED])
     barred = continuations(tokenizer, forget + retain)
     written: list[list[int]] = []
-    for first in range(0, wanted, 256):  # on 7B in bfloat16: 16 GB of keys and values
-        written += write(model, openings[first : first + 256], length, generator, barred, tokenizer.eos_token_id)
+    together = rows_together(model, length, torch.cuda.mem_get_info()[1] if device().type == "cuda" else math.inf)
+    for first in range(0, wanted, together):
+        part = openings[first : first + together]
+        written += write(model, part, length, generator, barred, tokenizer.eos_token_id)
     return [Text(f"general {n}", "general", tokens) for n, tokens in enumerate(written)]
+
+
+def rows_together(model: Any, length: int, memory: float) -> int:
+    """Return how many texts to sample at once: 256, or fewer if their keys and values took more than `PART` of memory.
+
+    On 7B in bfloat16 these take 67 MB a text of 128 tokens.
+    """
+    config = model.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = 2 * config.num_hidden_layers * config.num_key_value_heads * width * model.dtype.itemsize * length
+    return max(1, int(min(256, PART * memory / size)))
 
 
 @torch.no_grad()
@@ -1377,6 +1400,7 @@ class Checkpoint:
             "threads": torch.get_num_threads(),  # on a CPU another number changes the last digits
             "wall_seconds": round(seconds, 2),
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_accelerator_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
         }
         with replaced(self.target / "run.json") as temporary:
             temporary.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, OlmoConfig
 
 from pipeline import unlearn as submission
 from pipeline.lib.models import load_model, load_tokenizer
@@ -393,6 +393,25 @@ def test_losses_are_those_of_the_whole_model_with_the_matrices(checkpoint: Path,
     assert found.tolist() == pytest.approx(expected, rel=1e-4)
 
 
+def test_weights_that_are_kept_are_read_once_and_change_nothing(
+    checkpoint: Path, forget, retain, documents, tmp_path: Path
+):
+    def run(decoder: Decoder):
+        decoder.check_sum(2, forget[0])
+        matrices = submission.solve(decoder, forget, retain, [], SOLVED)
+        return [*matrices.values(), submission.losses(decoder, matrices, documents)]
+
+    expected = run(Decoder(checkpoint, torch.float32))
+    folder = tmp_path / "moved"
+    shutil.copytree(checkpoint, folder)
+    decoder = Decoder(folder, torch.float32)
+    decoder.keeps = True
+    first = run(decoder)
+    shutil.rmtree(folder)
+    for found in (first, run(decoder)):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_tied_embeddings_are_the_head(checkpoint: Path, tmp_path: Path):
     shutil.copytree(checkpoint, tmp_path / "tied")
     tensors = load_file(tmp_path / "tied" / "model.safetensors")
@@ -628,6 +647,15 @@ def test_continuations_are_what_follows_each_run_of_the_texts(checkpoint: Path):
         (space, a, space, b): [space],
     }
     assert submission.continuations(tokenizer, [Text("", "Task1", [a, b, c, d])]) == {}  # three such words: 12 tokens
+
+
+@pytest.mark.parametrize(("gigabytes", "rows"), [(math.inf, 256), (80, 256), (24, 96), (0.001, 1)])
+def test_so_many_texts_are_sampled_together_as_a_gpu_has_room_for(gigabytes: float, rows: int):
+    """On 7B a text of 128 tokens takes 64 MiB (32 blocks, keys and values of 4096 numbers of 2 bytes), of a quarter."""
+    with torch.device("meta"):
+        config = OlmoConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=64)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    assert submission.rows_together(model, 128, gigabytes * 2**30) == rows
 
 
 def test_what_is_barred_is_not_written_and_nothing_else_changes(checkpoint: Path):
