@@ -58,11 +58,9 @@ def test_next_token_probabilities_equal_a_full_forward(model, tokenizer):
 
 def test_batches_hold_every_row_once_within_the_limit():
     sizes = [3, 9, 1, 4, 4, 20, 2, 4]
-    for equal in (False, True):
-        plan = list(batches(sizes, 12, equal))
-        assert sorted(i for batch in plan for i in batch) == list(range(len(sizes)))
-        assert all(len(batch) == 1 or max(sizes[i] for i in batch) * len(batch) <= 12 for batch in plan)
-        assert not equal or all(len({sizes[i] for i in batch}) == 1 for batch in plan)
+    plan = list(batches(sizes, 12))
+    assert sorted(i for batch in plan for i in batch) == list(range(len(sizes)))
+    assert all(len(batch) == 1 or max(sizes[i] for i in batch) * len(batch) <= 12 for batch in plan)
 
 
 def test_a_prompt_never_ends_in_an_appended_end_of_text(checkpoint: Path):

@@ -1,8 +1,8 @@
-"""Greedy completions, in batches that change no decision.
+"""Greedy completions, in batches.
 
 In float32 every row was written as it would be alone, whatever shares its batch, in all that was compared (`bench`). In
-bfloat16 padding changes some tokens (transformers issues 25420 and 26869), so there only prompts of equal length share
-a batch.
+bfloat16, on an accelerator, near-ties are decided by rounding: recited texts stay the same, but of an unlearned model's
+a batch changes about as many as another attention kernel does on one prompt at a time (30 and 33 of 64; LOG.md).
 
 A draft is what a row may be expected to be. One pass over prompt and draft tells how much of it the model writes
 itself, token by token: a row that recites its text costs one pass and no step. (Verification as in speculative
@@ -22,8 +22,7 @@ from pipeline.lib.inference import Tokens, batches, pad_right, usual_batch
 from pipeline.lib.models import Model, Tokenizer, encode
 from pipeline.lib.stage import BadInput
 
-CACHE_BYTES = {"cpu": 1 << 30}  # keys and values of the rows that are written together
-ACCELERATOR_CACHE_BYTES = 8 << 30
+CACHE_BYTES = 1 << 30  # keys and values of the rows that are written together; on a GPU, half of what is free
 SEARCH: dict[
     str, object
 ] = {  # what changes a greedy search, where a generation_config.json has another value than this
@@ -120,12 +119,10 @@ def greedy(
 ) -> list[Tokens]:
     """Return the greedy continuation of each prompt, up to `max_new_tokens` or with a stop token as its last.
 
-    `undecided`, asked with a prompt's number and what is written, may end a row earlier. `drafts` are used in float32
-    alone, since a pass over many tokens and one over the last round differently, which decides more in bfloat16.
+    `undecided`, asked with a prompt's number and what is written, may end a row earlier.
     """
-    exact = model.dtype == torch.float32
-    given = [draft[:max_new_tokens] if exact else [] for draft in drafts or [[]] * len(prompts)]
-    room = CACHE_BYTES.get(model.device.type, ACCELERATOR_CACHE_BYTES)
+    given = [draft[:max_new_tokens] for draft in drafts or [[]] * len(prompts)]
+    room = torch.cuda.mem_get_info(model.device)[0] // 2 if model.device.type == "cuda" else CACHE_BYTES
     found: list[Tokens] = [[] for _ in prompts]
     group: list[Row] = []
 
@@ -136,7 +133,7 @@ def greedy(
         """Say whether `row` may be written together with the group."""
         longest = max(one.length + max_new_tokens - len(one.tokens) for one in (*group, row))
         size = (len(group) + 1) * longest * row.states[:, :, 0].nbytes
-        return not group or (size <= room and (exact or row.length == group[0].length))
+        return not group or size <= room
 
     def write() -> None:
         for row, tokens in zip(group, finish(model, group, max_new_tokens, ended), strict=True):
@@ -146,7 +143,8 @@ def greedy(
 
     with tqdm(total=len(prompts), desc="completions", mininterval=2) as progress:
         sizes = [len(prompt) + len(draft) for prompt, draft in zip(prompts, given, strict=True)]
-        for numbers in batches(sizes, batch_tokens or usual_batch(model), equal=not exact):
+        at_once = min(usual_batch(model), room // 4 // token_bytes(model))
+        for numbers in batches(sizes, batch_tokens or at_once):
             begun, states = read(model, [prompts[n] for n in numbers], [given[n] for n in numbers])
             for place, (number, chosen) in enumerate(zip(numbers, begun, strict=True)):
                 tokens = chosen[:max_new_tokens]
@@ -163,6 +161,13 @@ def greedy(
         if group:
             write()
     return found
+
+
+def token_bytes(model: Model) -> int:
+    """Return the bytes of a token's keys and values in all blocks."""
+    config = model.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * config.num_key_value_heads * width * model.dtype.itemsize)
 
 
 def read(model: Model, prompts: Sequence[Tokens], drafts: Sequence[Tokens]) -> tuple[list[Tokens], list[Tensor]]:

@@ -20,12 +20,11 @@ def usual_batch(model: Model) -> int:
     return BATCH_TOKENS.get(model.device.type, ACCELERATOR_BATCH_TOKENS)
 
 
-def batches(sizes: Sequence[int], limit: int, equal: bool = False) -> Iterator[list[int]]:
-    """Yield index lists, longest first, each of at most `limit` padded tokens or of one row; of one size if `equal`."""
+def batches(sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Yield index lists, longest first, each of at most `limit` padded tokens or of one row."""
     batch: list[int] = []
     for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        full = batch and sizes[batch[0]] * (len(batch) + 1) > limit
-        if full or (batch and equal and sizes[index] != sizes[batch[0]]):
+        if batch and sizes[batch[0]] * (len(batch) + 1) > limit:
             yield batch
             batch = []
         batch.append(index)

@@ -70,10 +70,11 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> Model:
     surplus = sorted(key for key in info["unexpected_keys"] if not key.endswith(CONSTANT))
     if surplus:
         raise BadInput(f"{folder}: config.json has no place for {len(surplus)} weights, the first is {surplus[0]}")
+    model = model.to(device()).eval()  # before its values are checked: a GPU does that in no time
     for name, weights in model.named_parameters():
         if not weights.isfinite().all():
             raise BadInput(f"{folder}: tensor {name} has values that are not finite")
-    return model.to(device()).eval()
+    return model
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
