@@ -4,7 +4,7 @@ Reads   models/<target>/original and results/<target>/unlearned of the stand-ins
         MMLU's questions; what is not there is named and left out.
 Writes  --output results.jsonl, one line per measurement: name, shape, ours, reference (seconds, but where the name
         says GB), ratio, goal, equality, peak_ours, peak_reference (bytes); and a table.
-Run     python -m bench [descent completion mmlu seven] --output bench/results.jsonl
+Run     python -m bench [descent completion mmlu seven chain scale] --output bench/results.jsonl
 
 Measure on a quiet machine: the ratio of two sides that run one after the other is wrong when anything else runs.
 """
@@ -20,10 +20,11 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from bench import completion, descent, questions, seven
+from bench import chain, completion, descent, questions, seven
 from bench.measure import Measurement
 
-GROUPS = ("descent", "completion", "mmlu")  # and "seven", if asked for by name
+GROUPS = ("descent", "completion", "mmlu")
+BY_NAME = {"seven": seven.measure, "chain": chain.measure, "scale": chain.measure_memorised}  # only if asked for
 MMLU = Path("data/raw/mmlu")
 
 
@@ -57,9 +58,10 @@ def measurements(groups: Sequence[str]) -> Iterator[Measurement]:
     if "descent" in groups:
         with tempfile.TemporaryDirectory() as work:
             yield from descent.measure(Path(work))
-    if "seven" in groups:
-        with tempfile.TemporaryDirectory() as work:
-            yield from seven.measure(Path(work))
+    for name, measure in BY_NAME.items():
+        if name in groups:
+            with tempfile.TemporaryDirectory() as work:
+                yield from measure(Path(work))
     for one in CHECKPOINTS:
         folder, data = Path(one.folder), Path("data/split") / one.dataset / "train"
         if not (folder / "model.safetensors").is_file() or not data.is_dir():
@@ -83,8 +85,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args(argv)
     for group in args.groups:
-        if group not in (*GROUPS, "seven"):
-            parser.error(f"no group {group!r}: one of {', '.join(GROUPS)}, seven")
+        if group not in (*GROUPS, *BY_NAME):
+            parser.error(f"no group {group!r}: one of {', '.join((*GROUPS, *BY_NAME))}")
     table = []
     with args.output.open("w", encoding="utf-8") as stream:
         for one in measurements(args.groups or GROUPS):

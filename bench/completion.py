@@ -48,7 +48,7 @@ def reference(model_folder: Path, data: Path, rows_per_side: int | None, dtype: 
 @torch.no_grad()
 def plain_row(model: Any, tokenizer: Any, row: Row) -> Row:
     """Return one completion row."""
-    prompt = torch.tensor([encode(tokenizer, row["input"])])
+    prompt = torch.tensor([encode(tokenizer, row["input"])], device=model.device)
     ids = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
@@ -57,7 +57,7 @@ def plain_row(model: Any, tokenizer: Any, row: Row) -> Row:
         use_cache=True,
         pad_token_id=tokenizer.eos_token_id,
     )
-    whole = torch.tensor([encode(tokenizer, row["input"] + row["output"])])
+    whole = torch.tensor([encode(tokenizer, row["input"] + row["output"])], device=model.device)
     labels = whole.clone()
     labels[:, : prompt.shape[1]] = -100
     return {

@@ -96,7 +96,7 @@ def bare_epoch(decoder: Decoder) -> float:
     blocks = [decoder.block(index) for index in SETTINGS.trained]
     for block in blocks:
         block.mlp.down_proj.weight.requires_grad_()
-    step = torch.randn(rows // len(pairs), tokens // rows, WIDTH)
+    step = torch.randn(rows // len(pairs), tokens // rows, WIDTH, device=decoder.device)
     started = time.perf_counter()
     for _ in pairs:
         hidden = step
@@ -110,14 +110,14 @@ def reference(folder: Path) -> Side:
     """Run the plain loop."""
     side = Side()
     auto: Any = AutoModelForCausalLM
-    model, frozen = (auto.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
+    model, frozen = (auto.from_pretrained(folder, dtype=torch.float32).to(unlearn.device()) for _ in range(2))
     seen: dict[Any, Tensor] = {}
     for one in (model, frozen):
         layer = one.model.layers[SETTINGS.trained[-1]]
         layer.register_forward_hook(lambda _m, _i, output, one=one: seen.__setitem__(one, output))
     trained = {index: model.model.layers[index].mlp.down_proj.weight for index in SETTINGS.trained}
     optimizer = torch.optim.AdamW(trained.values(), lr=SETTINGS.learning_rate, weight_decay=0.0)
-    directions = unlearn.steering_directions(WIDTH, SETTINGS.seed, torch.device("cpu"))
+    directions = unlearn.steering_directions(WIDTH, SETTINGS.seed, unlearn.device())
     forget, retain = texts("forget"), texts("retain")
     pairs = unlearn.plan(forget, retain, SETTINGS)
     losses = []
@@ -155,8 +155,10 @@ def reference(folder: Path) -> Side:
 def padded(rows: list[Text]) -> tuple[Tensor, Tensor, Tensor]:
     """Return ids and mask (rows, longest), padded on the left, and where a token counts: neither padding nor first."""
     longest = max(len(row.tokens) for row in rows)
-    ids = torch.tensor([[END] * (longest - len(row.tokens)) + row.tokens for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row.tokens)) + [1] * len(row.tokens) for row in rows])
+    ids = torch.tensor([[END] * (longest - len(row.tokens)) + row.tokens for row in rows], device=unlearn.device())
+    mask = torch.tensor(
+        [[0] * (longest - len(row.tokens)) + [1] * len(row.tokens) for row in rows], device=unlearn.device()
+    )
     return ids, mask, mask.cumsum(1) > 1
 
 

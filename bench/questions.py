@@ -35,7 +35,7 @@ def reference(model_folder: Path, data: Path, questions: int | None, threads: in
     letters = letter_tokens(tokenizer)
     with side.timed("all"):
         side.values["probabilities"] = [
-            model(torch.tensor([fitting_prompt(tokenizer, subject, question)]))
+            model(torch.tensor([fitting_prompt(tokenizer, subject, question)], device=model.device))
             .logits[0, -1]
             .softmax(-1)[letters]
             .tolist()

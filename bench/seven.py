@@ -10,7 +10,7 @@ from transformers import OlmoConfig
 from bench.descent import END, texts
 from bench.measure import Measurement, Side, alone
 from pipeline import unlearn
-from pipeline.unlearn import Checkpoint, Decoder, Settings, Text
+from pipeline.unlearn import Checkpoint, Decoder, Settings, Text, device
 
 BLOCKS, WIDTH, INTERMEDIATE, VOCABULARY = 32, 4096, 11008, 50304
 SETTINGS = Settings("descend", (24, 25, 26), beta=5.0, alpha=900.0, coefficient="growing", batch_size=12, epochs=2)
@@ -32,14 +32,17 @@ def prepare(folder: Path) -> None:
         bos_token_id=None,
     )
     config.save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device()).manual_seed(0)
     shapes = {f"self_attn.{name}_proj": (WIDTH, WIDTH) for name in "qkvo"}
     shapes |= {"mlp.gate_proj": (INTERMEDIATE, WIDTH), "mlp.up_proj": (INTERMEDIATE, WIDTH)}
     shapes |= {"mlp.down_proj": (WIDTH, INTERMEDIATE)}
     where: dict[str, str] = {}
 
     def write(name: str, tensors: dict[str, tuple[int, int]]) -> None:
-        drawn = {key: (torch.randn(shape, generator=generator) * 0.02).bfloat16() for key, shape in tensors.items()}
+        drawn = {
+            key: (torch.randn(shape, generator=generator, device=device()) * 0.02).bfloat16()
+            for key, shape in tensors.items()
+        }
         save_file(drawn, folder / name, metadata={"format": "pt"})
         where.update(dict.fromkeys(drawn, name))
 

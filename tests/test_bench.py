@@ -6,8 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bench import completion, descent, questions
+from bench import chain, completion, descent, questions, seven
 from bench.measure import Side, alone, relative
+from pipeline.lib.records import SETS, SIDES, write_jsonl
+from tests.conftest import make_rows
 from tests.test_measure import QUESTIONS, write_csv
 
 
@@ -45,6 +47,45 @@ def test_both_ways_to_ask_give_the_same_probabilities(checkpoint: Path, tmp_path
     assert len(plain.values["probabilities"]) == 2 * len(questions.SUBJECTS)
     for row, expected in zip(fast.values["probabilities"], plain.values["probabilities"], strict=True):
         assert row == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_chain_unlearns_and_evaluates_every_row_of_a_model_made_for_it(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for fold in ("train", "validation"):
+        for side in SIDES:
+            rows = [{key: row[key] for key in ("id", "input", "output", "task")} for row in make_rows(side)]
+            write_jsonl(tmp_path / "data" / fold / side / f"{side}.jsonl", rows)
+    for name in SETS:
+        write_jsonl(tmp_path / "data" / "mia" / f"{name}.jsonl", [{"id": name, "document": "the city of a river"}])
+    for subject in questions.SUBJECTS:
+        write_csv(tmp_path / "mmlu", QUESTIONS, subject)
+    small = {"BLOCKS": 3, "WIDTH": 64, "INTERMEDIATE": 96}
+    for module, more in ((seven, {}), (chain, {"HEADS": 4, "MEMORISING": 1.0, "MAX_NEW_TOKENS": 4})):
+        for name, value in (small | more).items():
+            monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(completion, "MAX_NEW_TOKENS", 4)
+    for name, value in {"TOKENIZER": checkpoint, "DATA": tmp_path / "data", "MMLU": tmp_path / "mmlu"}.items():
+        monkeypatch.setattr(chain, name, value)
+    monkeypatch.setattr(chain, "alone", lambda side, *arguments: side(*arguments))
+    for name, measure in (("7B", chain.measure), ("1B", chain.measure_memorised)):
+        (tmp_path / name).mkdir()
+        found = measure(tmp_path / name)
+        assert [one.name for one in found] == [
+            f"{what}: {name}'s shape" for what in ("unlearning", "completion", "mmlu")
+        ]
+        assert [one.shape.split(" rows")[0] for one in found] == ["36", "36", "12"]
+        assert all(one.ours > 0 and one.reference > 0 for one in found)
+        changed = {
+            key
+            for key, weight in weights(tmp_path / name / "unlearned").items()
+            if not torch.equal(weight, weights(tmp_path / name / ("seven" if name == "7B" else "scale"))[key])
+        }
+        assert changed == {f"model.layers.{index}.mlp.down_proj.weight" for index in range(3)}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {key: value for path in folder.glob("*.safetensors") for key, value in load_file(path).items()}
 
 
 def test_a_side_runs_in_a_process_of_its_own_and_its_peak_is_measured():
