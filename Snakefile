@@ -14,6 +14,7 @@ from snakemake.exceptions import WorkflowError
 from snakemake.utils import validate
 
 from pipeline.lib.provenance import local_modules
+from pipeline.lib.published import WINDOW
 
 
 configfile: "config/config.yaml"
@@ -219,7 +220,7 @@ def steering_of(wildcards):
     fixed = wildcards.method == "rmu"
     sweep = target_of(wildcards)["sweep"]
     return flags(
-        trained=list(range(int(wildcards.block) - 2, int(wildcards.block) + 1)),
+        trained=list(range(int(wildcards.block) - WINDOW + 1, int(wildcards.block) + 1)),
         repaired=0,
         passes=1,
         coefficient="fixed" if fixed else None,
@@ -237,7 +238,7 @@ def layers_of(wildcards):
         "results/{target}/layers/{method}.{block}.{seed}/evaluation_results.jsonl",
         target=wildcards.target,
         method=["rmu", "adaptive"],
-        block=range(2, target_of(wildcards)["sweep"]["blocks"]),  # those with a whole window
+        block=range(WINDOW - 1, target_of(wildcards)["sweep"]["blocks"]),  # those with a whole window
         seed=range(STUDY["seeds"]),
     )
 

@@ -61,6 +61,7 @@ from pipeline.lib.probes import (
     max_logits,
     noise_sensitivity,
 )
+from pipeline.lib.published import WINDOW
 from pipeline.lib.records import CHOICES, DATA_ROW, DOCUMENT, SIDES, Row, document_of, kind_of, read_checked
 from pipeline.lib.stage import BadInput, run, whole_file, whole_folder
 
@@ -76,7 +77,7 @@ KNOWN, EPOCHS = 0.95, 20  # relearning ends at this accuracy on what is trained,
 RATE = 1e-3 * 128  # learning rate times width: wide models are trained with smaller steps
 WORKS_FORGET, WORKS_UTILITY = 0.5, 0.75
 LEVEL = 0.05  # of significance
-FIRST = 2  # the first block with a whole window
+FIRST = WINDOW - 1  # the first block with a whole window
 
 # Claim: statement, conditions.
 CLAIMS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -224,7 +225,7 @@ def window(study: Study, block: int, seed: int, coefficient: Any, beta: float) -
 
     Not as published: solved in closed form, each of the three blocks steered; general text held as well; kinds alike.
     """
-    trained = tuple(range(block - 2, block + 1))
+    trained = tuple(range(block - WINDOW + 1, block + 1))
     return unlearn.Settings(
         "solve", trained, beta=beta, alpha=study.alpha, answer=1.0, seed=seed, coefficient=coefficient, repaired=0
     )

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.lib.pictures import BLUE, GREY, ORANGE, svg
-from pipeline.lib.published import parts, read_results
+from pipeline.lib.published import WINDOW, parts, read_results
 from pipeline.lib.stage import BadInput, run, whole_file
 
 METHODS = {"rmu": ("RMU, fixed coefficient", ORANGE), "adaptive": ("Adaptive RMU", BLUE)}
@@ -35,7 +35,7 @@ VALUES = {
     "mia": "MIA score",
     "multiple_choice": "multiple choice",
 }
-FIRST = 2  # the first block with a whole window
+FIRST = WINDOW - 1  # the first block with a whole window
 SUBMITTED = 14 / 16  # relative depth of the block that arXiv 2506.16548 steered on OLMo 1B; 26 of 32 on 7B is near
 
 Row = dict[str, Any]

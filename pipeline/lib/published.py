@@ -1,4 +1,4 @@
-"""The published leaderboard, and where a result of ours would stand in it.
+"""What was published: the leaderboard, where a result of ours would stand in it, and RMU's window.
 
 The rows are those of SemEval-2025 Task 4 as published, numbers kept as text to their published digits:
 size (7B|1B), team, final, task_aggregate, mia, mmlu, group (ranked | below floor | baseline).
@@ -17,6 +17,7 @@ from pipeline.lib.stage import BadInput
 SIZES = ("7B", "1B")
 GROUPS = ("ranked", "below floor", "baseline")
 FIELDS = ("size", "team", "final", "task_aggregate", "mia", "mmlu", "group")
+WINDOW = 3  # blocks, l-2 to l: those whose down_proj RMU changes to steer block l (arXiv 2403.03218)
 MMLU_FLOOR_7B = 0.371  # 75 % of the untouched 7B's .495; there is no floor on 1B, which is at chance before and after
 
 
