@@ -145,8 +145,8 @@ def questions_asked_of(wildcards):
 
 
 def base_of(wildcards):
-    """The model that a stand-in starts from, if it starts from one."""
-    return f"models/{wildcards.target}/base" if wildcards.target in BASED else []
+    """The model that a stand-in starts from, if it starts from one; a draw's is its target's."""
+    return f"models/{wildcards.target.split('-')[0]}/base" if wildcards.target in BASED else []
 
 
 def start_of(wildcards):
@@ -356,7 +356,7 @@ rule fetch_base:
     benchmark:
         "results/{target}/benchmarks/fetch_base.tsv"
     wildcard_constraints:
-        target="|".join(BASED),
+        target="|".join(name for name in BASED if name in DRAWN),
     shell:
         "python -m pipeline.fetch_base --output {output} 2>&1 | tee {log}"
 

@@ -263,6 +263,13 @@ def test_a_draw_asks_the_questions_that_its_target_asks(tmp_path: Path):
     assert "--data data/raw/mmlu --subjects anatomy --questions 3 " in command
 
 
+def test_draws_start_from_one_base(tmp_path: Path):
+    fresh = clean_copy(tmp_path / "checkout")
+    done = snakemake(fresh, "-n", "models/135m-21/original", "models/135m-22/original")
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"output: (models/\S+/base)", done.stdout + done.stderr) == ["models/135m/base"]
+
+
 @pytest.mark.parametrize("name", ["targets: {tiny-21: ", "datasets: {synthetic-21: "])
 def test_what_is_named_as_a_draw_is_refused(tmp_path: Path, name: str):
     config = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
