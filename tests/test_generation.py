@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.lib import generation
 from pipeline.lib.generation import complete, decode, greedy
+from pipeline.lib.inference import token_bytes
 from pipeline.lib.models import encode, load_model, load_tokenizer
 from pipeline.lib.stage import BadInput
 
@@ -113,7 +114,7 @@ def test_a_right_draft_costs_one_pass_and_a_wrong_one_the_steps_after_its_error(
 
 def test_rows_that_do_not_fit_into_the_cache_together_are_written_in_turn(model, ids, expected, stop, monkeypatch):
     monkeypatch.setattr(generation, "CACHE_BYTES", 1)
-    widths, found = steps(model, lambda: greedy(model, ids, NEW, stop, batch_tokens=1000))
+    widths, found = steps(model, lambda: greedy(model, ids, NEW, stop))
     assert found == expected
     # One pass over all prompts gives each its first token; then each row takes as many steps as it has tokens more.
     assert widths.count(1) == sum(len(row) - 1 for row in expected)
@@ -160,7 +161,7 @@ def test_the_bytes_of_a_token_are_those_of_its_keys_and_values(model, ids):
     )  # fmt: skip
     for one in (model, LlamaForCausalLM(grouped).to(torch.bfloat16)):
         _, states = generation.read(one, [[token % 512 for token in ids[3]]], [[]])
-        assert generation.token_bytes(one) * len(ids[3]) == sum(part.nbytes for part in states)
+        assert token_bytes(one) * len(ids[3]) == sum(part.nbytes for part in states)
 
 
 def test_complete_keeps_the_order_of_prompts_and_expected_texts_change_none(model, tokenizer, ids):

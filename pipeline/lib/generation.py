@@ -18,11 +18,11 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from pipeline.lib.cache import rooms, states_of
-from pipeline.lib.inference import Tokens, batches, pad_right, usual_batch
+from pipeline.lib.inference import Tokens, batches, pad_right, spare_memory, usual_batch
 from pipeline.lib.models import Model, Tokenizer, encode
 from pipeline.lib.stage import BadInput
 
-CACHE_BYTES = 1 << 30  # keys and values of the rows that are written together; on a GPU, half of what is free
+CACHE_BYTES = 1 << 30  # keys and values of the rows that are written together; on a GPU, half of what the weights leave
 SEARCH: dict[
     str, object
 ] = {  # what changes a greedy search, where a generation_config.json has another value than this
@@ -122,7 +122,7 @@ def greedy(
     `undecided`, asked with a prompt's number and what is written, may end a row earlier.
     """
     given = [draft[:max_new_tokens] for draft in drafts or [[]] * len(prompts)]
-    room = torch.cuda.mem_get_info(model.device)[0] // 2 if model.device.type == "cuda" else CACHE_BYTES
+    room = CACHE_BYTES if model.device.type == "cpu" else spare_memory(model) / 2
     found: list[Tokens] = [[] for _ in prompts]
     group: list[Row] = []
 
@@ -143,8 +143,7 @@ def greedy(
 
     with tqdm(total=len(prompts), desc="completions", mininterval=2) as progress:
         sizes = [len(prompt) + len(draft) for prompt, draft in zip(prompts, given, strict=True)]
-        at_once = min(usual_batch(model), room // 4 // token_bytes(model))
-        for numbers in batches(sizes, batch_tokens or at_once):
+        for numbers in batches(sizes, batch_tokens or usual_batch(model)):
             begun, states = read(model, [prompts[n] for n in numbers], [given[n] for n in numbers])
             for place, (number, chosen) in enumerate(zip(numbers, begun, strict=True)):
                 tokens = chosen[:max_new_tokens]
@@ -161,13 +160,6 @@ def greedy(
         if group:
             write()
     return found
-
-
-def token_bytes(model: Model) -> int:
-    """Return the bytes of a token's keys and values in all blocks."""
-    config = model.config
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * config.num_key_value_heads * width * model.dtype.itemsize)
 
 
 def read(model: Model, prompts: Sequence[Tokens], drafts: Sequence[Tokens]) -> tuple[list[Tokens], list[Tensor]]:

@@ -1,6 +1,7 @@
 """Losses and next-token probabilities, in batches: rows are sorted by length and padded on the right."""
 
 from collections.abc import Iterator, Sequence
+from math import inf
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -11,13 +12,33 @@ from pipeline.lib.models import Model
 
 Tokens = list[int]
 
-BATCH_TOKENS = {"cpu": 2048}  # small enough for a core's cache, and rows of a batch are alike: less padding
+BATCH_TOKENS = 2048  # small enough for a core's cache, and rows of a batch are alike: less padding
 ACCELERATOR_BATCH_TOKENS = 16384
 
 
 def usual_batch(model: Model) -> int:
-    """Return how many padded tokens go through the model at once, unless said otherwise."""
-    return BATCH_TOKENS.get(model.device.type, ACCELERATOR_BATCH_TOKENS)
+    """Return how many padded tokens go through the model at once, unless said otherwise.
+
+    On a GPU their keys and values may take a quarter of the memory that the weights leave.
+    """
+    if model.device.type == "cpu":
+        return BATCH_TOKENS
+    return max(1, min(ACCELERATOR_BATCH_TOKENS, int(spare_memory(model) / 4 / token_bytes(model))))
+
+
+def spare_memory(model: Model) -> float:
+    """Return the bytes of a GPU's memory beside the weights. All of them: what else runs there must decide no batch."""
+    if model.device.type != "cuda":
+        return inf
+    weights = sum(int(one.nbytes) for one in model.parameters())
+    return torch.cuda.mem_get_info(model.device)[1] - weights
+
+
+def token_bytes(model: Model) -> int:
+    """Return the bytes of a token's keys and values in all blocks."""
+    config = model.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * config.num_key_value_heads * width * model.dtype.itemsize)
 
 
 def batches(sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
