@@ -45,6 +45,7 @@ RUN = Draft202012Validator(
             "hardware": {"type": "string"},
             "wall_seconds": _NUMBER,
             "peak_memory_bytes": _NUMBER,
+            "peak_accelerator_bytes": _NUMBER,
         },
     }
 )
@@ -189,7 +190,9 @@ def body(
 ) -> str:
     """Return the card's text."""
     versions = ", ".join(f"{name} {version}" for name, version in ran["versions"].items())
-    gigabytes = ran["peak_memory_bytes"] / 1e9
+    memory = f"{ran['peak_memory_bytes'] / 1e9:.1f} GB of memory"
+    if accelerator := ran.get("peak_accelerator_bytes"):
+        memory += f" and {accelerator / 1e9:.1f} GB of the accelerator's"
     return BODY.format(
         name=args.name,
         caution=caution(args.size, args.stand_in),
@@ -197,7 +200,7 @@ def body(
         data_source=source.get("repo", args.data_source),
         licence=source["licence"],
         how=HOW[ran["settings"]["method"]],
-        cost=f"{ran['wall_seconds']:.0f} s on {ran['hardware']}, at most {gigabytes:.1f} GB of memory; {versions}.",
+        cost=f"{ran['wall_seconds']:.0f} s on {ran['hardware']}, at most {memory}; {versions}.",
         settings=settings_table(ran),
         scores=score_table(results, original),
     )

@@ -95,6 +95,11 @@ def test_the_table_sets_each_score_beside_the_untouched_one(tmp_path: Path):
     assert "61 s on a machine, at most 2.5 GB of memory; python 3.12.1, torch 2.13.0, transformers 5.23.0." in text
 
 
+def test_of_a_gpu_its_own_memory_is_told(tmp_path: Path):
+    text = card(tmp_path, *TASK_MODEL, run={**RUN, "peak_accelerator_bytes": 41_230_000_000})
+    assert "at most 2.5 GB of memory and 41.2 GB of the accelerator's; python" in text
+
+
 def test_a_part_that_was_not_measured_is_no_result(tmp_path: Path):
     text = card(tmp_path, *TASK_MODEL, parts={"harmonic-mean-task-aggregate": 0.7, "aggregate-score": -1})
     named = {one.metric_name for one in ModelCard.load(tmp_path / "README.md").data.eval_results}
