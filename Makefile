@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CORES ?= 2
+# Stand-ins are for a CPU: on a GPU, several of their jobs at once, other numbers than README's come out.
+export CUDA_VISIBLE_DEVICES :=
 SNAKEMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --cores $(CORES)
 
 .PHONY: demo page report unit test coverage check trust bench clean

@@ -97,13 +97,21 @@ def bare_epoch(decoder: Decoder) -> float:
     for block in blocks:
         block.mlp.down_proj.weight.requires_grad_()
     step = torch.randn(rows // len(pairs), tokens // rows, WIDTH, device=decoder.device)
+    settle()
     started = time.perf_counter()
     for _ in pairs:
         hidden = step
         for block in blocks:
             hidden = decoder.run(block, hidden)
         hidden.square().mean().backward()  # type: ignore[no-untyped-call]
+    settle()
     return time.perf_counter() - started
+
+
+def settle() -> None:
+    """Wait for what a GPU has been told to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def reference(folder: Path) -> Side:

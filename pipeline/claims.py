@@ -515,23 +515,20 @@ def relearning_of(study: Study, matrices: dict[int, Tensor], seed: int) -> Numbe
     Beside it: after as many epochs on as much unseen text, and what the same training does to the untouched model.
     """
     taught, rest = split_documents(study.texts["forget"], seed)
-    relearned, epochs = trained(study, matrices, answered(taught), EPOCHS, KNOWN)
-    unseen = as_much(study.unseen[seed:] + study.unseen[:seed], answered(taught))
-    other, _ = trained(study, matrices, unseen, epochs)
-    control, _ = trained(study, {}, answered(taught), epochs)
     with changed(study.model, matrices):
         unlearned = known(study, study.model, rest)
-    return {
-        "seed": seed,
-        "taught": len(taught),
-        "epochs": epochs,
-        "taught_accuracy": fmean(answer_accuracy(relearned, answered(taught))),
-        "untouched": known(study, study.model, rest),
-        "untouched_relearned": known(study, control, rest),
-        "unlearned": unlearned,
-        "relearned": known(study, relearned, rest),
-        "unseen": known(study, other, rest),
-    }
+    found: Numbers = {"seed": seed, "taught": len(taught), "untouched": known(study, study.model, rest)}
+    found["unlearned"] = unlearned
+    # One after the other: each is a copy of the whole model in float32.
+    model, found["epochs"] = trained(study, matrices, answered(taught), EPOCHS, KNOWN)
+    found["taught_accuracy"] = fmean(answer_accuracy(model, answered(taught)))
+    found["relearned"] = known(study, model, rest)
+    unseen = as_much(study.unseen[seed:] + study.unseen[:seed], answered(taught))
+    for name, given, texts in (("unseen", matrices, unseen), ("untouched_relearned", {}, answered(taught))):
+        del model
+        model, _ = trained(study, given, texts, found["epochs"])
+        found[name] = known(study, model, rest)
+    return found
 
 
 def as_much(texts: Sequence[Answered], wanted: Sequence[Answered]) -> list[Answered]:

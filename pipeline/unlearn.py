@@ -27,7 +27,8 @@ Either way blocks are read from the checkpoint one at a time and no second model
 where causal attention never looks, and neither padding nor the first token (its activation is an outlier in every
 decoder) enters the loss.
 
-A run that was killed goes on where it stopped, if called again with the same arguments, and ends with the same tensors.
+A run that was killed goes on where it stopped, if called again with the same arguments, and ends with the same tensors
+(but by descent on a GPU, where sums of gradients are not taken in one order).
 """
 
 import argparse
@@ -296,6 +297,11 @@ def device() -> torch.device:
     """Return the accelerator if there is one that computes in float64 (Apple's does not), else the CPU."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return found if found and found.type != "mps" else torch.device("cpu")
+
+
+def hardware() -> str:
+    """Return the name of the GPU, or the processor's kind."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
 
 
 def fast_dtype() -> torch.dtype:
@@ -1223,7 +1229,7 @@ def origin(model: Path, *inputs: object) -> str:
 
 def identity(model: Path, *inputs: object) -> str:
     """Return a hash of all that decides a result: this file, the model's files, the inputs, versions and device."""
-    machine = (torch.__version__, transformers.__version__, device(), fast_dtype(), torch.get_num_threads())
+    machine = (torch.__version__, transformers.__version__, hardware(), fast_dtype(), torch.get_num_threads())
     return origin(model, Path(__file__).read_bytes(), inputs, machine)
 
 
@@ -1394,9 +1400,7 @@ class Checkpoint:
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
             },
-            "hardware": torch.cuda.get_device_name()
-            if torch.cuda.is_available()
-            else platform.processor() or platform.machine(),
+            "hardware": hardware(),
             "threads": torch.get_num_threads(),  # on a CPU another number changes the last digits
             "wall_seconds": round(seconds, 2),
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

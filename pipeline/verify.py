@@ -419,7 +419,8 @@ def compare_checkpoint(path: Path, model: Path, judged: Path, manifest: dict[str
     found, recorded = changed_tensors(model, judged), manifest["model"]["changed"]
     for name in sorted(found.keys() | recorded.keys()):
         if found.get(name) != recorded.get(name):
-            raise BadInput(f"{path}: tensor {name} is another when submission.py is run again{_elsewhere(manifest)}")
+            why = _elsewhere(manifest, ran)
+            raise BadInput(f"{path}: tensor {name} is another when submission.py is run again{why}")
     files = identity(judged, MODEL_FILES)
     for name in sorted(files.keys() | manifest["model"]["unlearned"].keys()):
         if files.get(name) != manifest["model"]["unlearned"].get(name):
@@ -427,9 +428,10 @@ def compare_checkpoint(path: Path, model: Path, judged: Path, manifest: dict[str
     return len(found)
 
 
-def _elsewhere(manifest: dict[str, Any]) -> str:
-    """Return in words which versions are not those of the first run: they may be why the last digits differ."""
-    then, now = manifest["unlearning"]["versions"], versions()
+def _elsewhere(manifest: dict[str, Any], ran: dict[str, Any]) -> str:
+    """Return in words what is not as in the first run, versions or hardware: it may be why the last digits differ."""
+    then = {**manifest["unlearning"]["versions"], "hardware": manifest["unlearning"]["hardware"]}
+    now = {**versions(), "hardware": ran.get("hardware")}
     other = [f"{name} {then[name]} then, {now.get(name)} now" for name in sorted(then) if then[name] != now.get(name)]
     return f" ({'; '.join(other)})" if other else ""
 

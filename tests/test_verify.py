@@ -462,6 +462,13 @@ def forged_manifest(zips: Path, path: Path, change) -> Path:
     ("change", "message"),
     [
         (lambda m: m["model"]["changed"]["second"].update(sha256="0" * 64), "tensor second is another.*torch 2.0 then"),
+        (
+            lambda m: (
+                m["model"]["changed"]["second"].update(sha256="0" * 64),
+                m["unlearning"].update(hardware="a card"),
+            ),
+            "tensor second is another.*hardware a card then, ",
+        ),
         (lambda m: m["model"]["changed"].update(first=m["model"]["changed"]["second"]), "tensor first is another"),
         (lambda m: m["model"]["unlearned"].update({"config.json": "0" * 64}), "config.json of the checkpoint is"),
         (lambda m: m["unlearning"]["settings"].update(beta=2.0), "unlearning/settings are not .*{'beta': 3.0}"),

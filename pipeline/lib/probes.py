@@ -239,9 +239,9 @@ def fine_tune(
             said = [
                 answer_logits(model, states, text) for states, text in zip(hidden.last_hidden_state, batch, strict=True)
             ]
-            optimizer.zero_grad()
             cross_entropy(torch.cat([logits for logits, _ in said]), torch.cat([ids for _, ids in said])).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+            optimizer.zero_grad()
         accuracies = answer_accuracy(model, texts)
         if sum(accuracies) / len(accuracies) >= known:
             return epoch

@@ -34,6 +34,8 @@ def state() -> Any:
     if found.num_processes != started:
         raise BadInput(f"{started} processes were started, but they see {found.num_processes}: they would do all alike")
     atexit.register(found.destroy_process_group)
+    if started > 1:
+        gather_object([None])  # two processes on one GPU fail at what they first say to each other: now, not at the end
     return found
 
 

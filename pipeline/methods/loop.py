@@ -383,5 +383,4 @@ def surroundings() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    cpu = platform.processor() or platform.machine()
-    return {"versions": versions, "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu}
+    return {"versions": versions, "hardware": unlearn.hardware()}
