@@ -1114,10 +1114,11 @@ def descend(
     deadline: float,
     progress: "Progress | None" = None,
 ) -> Iterator[tuple[float, dict[int, Tensor]]]:
-    """Yield after each epoch of AdamW its mean loss and the trained matrices, by block.
+    """Yield after an epoch of AdamW its mean loss and the trained matrices, by block.
 
-    A run that goes on after a kill first yields the best of the epochs before, or the last one where losses do not
-    compare: see `unlearn`.
+    After each one, unless the caller takes so long that it would get more than `SAVING` of the time; but at the end it
+    has had the best, or the last one where losses do not compare: see `unlearn`. A run that goes on after a kill first
+    yields that of the epochs before.
     """
     sides = cache(decoder, forget, settings), cache(decoder, retain, settings)
     blocks = {index: decoder.block(index) for index in range(settings.trained[0] + 1, settings.trained[-1] + 1)}
@@ -1129,7 +1130,8 @@ def descend(
     optimizer = torch.optim.AdamW(list(masters.values()), lr=settings.learning_rate, weight_decay=0.0, fused=True)
     directions = steering_directions(decoder.config.hidden_size, settings.seed, decoder.device)
     pairs = plan(forget, retain, settings)
-    longest = 0.0
+    longest = due = 0.0
+    told = True
     means, best = restore(progress.load("descent") if progress else {}, masters, optimizer)
     if best:
         yield min(means), best
@@ -1151,15 +1153,22 @@ def descend(
             raise BadInput(
                 f"the loss is {mean}: the learning rate {settings.learning_rate} or beta {settings.beta} is too large"
             )
-        yield mean, {index: master.detach() for index, master in masters.items()}
+        means.append(mean)
+        better = mean == min(means) or settings.coefficient == "growing"
+        if better:
+            best, told = {index: master.detach().clone() for index, master in masters.items()}, False
+        given = time.monotonic()
+        if given >= due:
+            yield mean, {index: master.detach() for index, master in masters.items()}
+            told = told or better
+            due = time.monotonic() + (time.monotonic() - given) / SAVING
         if progress:
-            means.append(mean)
-            if mean == min(means) or settings.coefficient == "growing":
-                best = {index: master.detach().clone() for index, master in masters.items()}
             progress.save("descent", descent_state(means, best, masters, optimizer))
         longest = max(longest, time.monotonic() - begun)
         if time.monotonic() + longest > deadline:
             break
+    if not told:
+        yield (means[-1] if settings.coefficient == "growing" else min(means)), best
 
 
 def forward(

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from statistics import NormalDist
 
@@ -371,6 +372,26 @@ def test_a_fixed_coefficient_is_the_length_of_the_closed_forms_target(checkpoint
 
 
 # ---- the level to stop at ----
+
+
+@pytest.mark.parametrize("coefficient", ["adaptive", "growing"])
+def test_a_caller_that_takes_long_gets_few_epochs_and_at_the_end_the_best(
+    checkpoint: Path, forget, retain, coefficient: str, monkeypatch: pytest.MonkeyPatch
+):
+    """One epoch and what comes of it takes 50 times as long as the rest of the run."""
+    settings = dataclasses.replace(SMALL, epochs=4, coefficient=coefficient, learning_rate=3e-3)
+    sides = Decoder(checkpoint, torch.float32), forget, retain, settings, math.inf
+    every = [(mean, {key: value.clone() for key, value in found.items()}) for mean, found in submission.descend(*sides)]
+    assert len(every) == 4
+    taken = []
+    clock, passed = time.monotonic, 0.0
+    monkeypatch.setattr(submission.time, "monotonic", lambda: clock() + passed)
+    for mean, found in submission.descend(*sides):
+        taken.append((mean, {key: value.clone() for key, value in found.items()}))
+        passed += 3600
+    wanted = every[-1] if coefficient == "growing" else min(every, key=lambda one: one[0])
+    assert [mean for mean, _ in taken] == [every[0][0], *([] if wanted is every[0] else [wanted[0]])]
+    assert all(torch.equal(taken[-1][1][key], value) for key, value in wanted[1].items())
 
 
 @pytest.fixture(scope="module")
