@@ -1,10 +1,13 @@
 """Batched losses and probabilities against transformers, one prompt at a time."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import OlmoConfig, OlmoForCausalLM
 
+from pipeline.lib import inference
 from pipeline.lib.inference import batches, mean_nll, next_token_probabilities
 from pipeline.lib.models import encode, load_model, load_tokenizer
 from pipeline.lib.stage import BadInput
@@ -54,6 +57,17 @@ def test_next_token_probabilities_equal_a_full_forward(model, tokenizer):
         for ids, probabilities in zip(prompts, found, strict=True):
             expected = model(torch.tensor([ids])).logits[0, -1].softmax(-1)[[7, 9, 300]]
             assert probabilities == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize(("gigabytes", "tokens"), [(math.inf, 16384), (80, 16384), (24, 5120), (12, 1)])
+def test_a_batch_on_a_gpu_is_as_large_as_its_memory_beside_the_weights(monkeypatch, gigabytes: float, tokens: int):
+    """7B in bfloat16: a token's keys and values are 32 x 2 x 4096 numbers, half a MiB; of weights there are 14 GiB."""
+    with torch.device("meta"):
+        config = OlmoConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=64)
+        model = OlmoForCausalLM(config).to(torch.bfloat16)
+    assert inference.token_bytes(model) == 2**19
+    monkeypatch.setattr(inference, "spare_memory", lambda _model: (gigabytes - 14) * 2**30)
+    assert inference.usual_batch(model) == tokens
 
 
 def test_batches_hold_every_row_once_within_the_limit():

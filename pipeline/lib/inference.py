@@ -23,7 +23,7 @@ def usual_batch(model: Model) -> int:
     """
     if model.device.type == "cpu":
         return BATCH_TOKENS
-    return max(1, min(ACCELERATOR_BATCH_TOKENS, int(spare_memory(model) / 4 / token_bytes(model))))
+    return max(1, int(min(ACCELERATOR_BATCH_TOKENS, spare_memory(model) / 4 / token_bytes(model))))
 
 
 def spare_memory(model: Model) -> float:
