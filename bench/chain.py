@@ -28,7 +28,7 @@ from pipeline.complete import MAX_NEW_TOKENS, completion_rows
 from pipeline.lib.inference import mean_nll
 from pipeline.lib.metrics import cell_scores, harmonic_mean, task_values, terms
 from pipeline.lib.models import device, encode, load_model, load_tokenizer
-from pipeline.lib.multiple_choice import choice_probabilities, fitting_prompt, letter_tokens, read_subjects
+from pipeline.lib.multiple_choice import choice_probabilities, read_subjects
 from pipeline.lib.records import DOCUMENT, SETS, Row, read_checked
 from pipeline.memorise import WARM_UP, loss_of, row_text, stream
 
@@ -77,17 +77,14 @@ def evaluation(folder: Path, fold: str, compared: bool) -> Side:
     side.values |= {"documents": len(documents), "questions": sum(map(len, probabilities))}
     if compared:
         plain = completion.read(DATA / fold, REFERENCE_ROWS)
-        asked = subjects[0].test[:REFERENCE_QUESTIONS]
+        asked = read_subjects(MMLU, questions.SUBJECTS[:1], REFERENCE_QUESTIONS)[0]
         with side.timed("plain completion"):
             for row in plain:
                 completion.plain_row(model, tokenizer, row)
-        with side.timed("plain mmlu"), torch.no_grad():
-            letters = letter_tokens(tokenizer)
-            for question in asked:
-                ids = torch.tensor([fitting_prompt(tokenizer, subjects[0], question)], device=model.device)
-                model(ids).logits[0, -1].softmax(-1)[letters].tolist()
+        with side.timed("plain mmlu"):
+            questions.plain(model, tokenizer, asked)
         side.seconds["plain completion"] *= len(rows) / len(plain)
-        side.seconds["plain mmlu"] *= side.values["questions"] / len(asked)
+        side.seconds["plain mmlu"] *= side.values["questions"] / len(asked.test)
     side.values["accelerator"] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return side
 

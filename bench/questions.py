@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from bench.measure import Measurement, Side, alone
-from pipeline.lib.models import load_model, load_tokenizer
-from pipeline.lib.multiple_choice import choice_probabilities, fitting_prompt, letter_tokens, read_subjects
+from pipeline.lib.models import Model, Tokenizer, load_model, load_tokenizer
+from pipeline.lib.multiple_choice import Subject, choice_probabilities, fitting_prompt, letter_tokens, read_subjects
 
 # From the shortest questions to the longest but for the histories, whose prompts hold fewer than five shots.
 SUBJECTS = ["abstract_algebra", "anatomy", "college_physics", "global_facts", "management", "professional_accounting"]
@@ -25,24 +25,23 @@ def ours(model_folder: Path, data: Path, questions: int | None, threads: int) ->
     return side
 
 
-@torch.no_grad()
 def reference(model_folder: Path, data: Path, questions: int | None, threads: int) -> Side:
     """Run each prompt through the whole model, one at a time: on a CPU batches with padding would only be slower."""
     side = Side()
     torch.set_num_threads(threads)
     model, tokenizer = load_model(model_folder), load_tokenizer(model_folder)
     subjects = read_subjects(data, SUBJECTS, questions)
-    letters = letter_tokens(tokenizer)
     with side.timed("all"):
-        side.values["probabilities"] = [
-            model(torch.tensor([fitting_prompt(tokenizer, subject, question)], device=model.device))
-            .logits[0, -1]
-            .softmax(-1)[letters]
-            .tolist()
-            for subject in subjects
-            for question in subject.test
-        ]
+        side.values["probabilities"] = [row for subject in subjects for row in plain(model, tokenizer, subject)]
     return side
+
+
+@torch.no_grad()
+def plain(model: Model, tokenizer: Tokenizer, subject: Subject) -> list[list[float]]:
+    """Return each question's probabilities, by the whole prompt and all its logits."""
+    letters = letter_tokens(tokenizer)
+    prompts = (torch.tensor([fitting_prompt(tokenizer, subject, one)], device=model.device) for one in subject.test)
+    return [model(prompt).logits[0, -1].softmax(-1)[letters].tolist() for prompt in prompts]
 
 
 def measure(name: str, model_folder: Path, data: Path, questions: int | None, threads: int) -> list[Measurement]:
