@@ -19,10 +19,10 @@ from random import Random
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, OlmoConfig
+from transformers import AutoModelForCausalLM
 
 from bench import completion, questions, seven
-from bench.measure import Measurement, Side, alone
+from bench.measure import Measurement, Side, alone, olmo
 from pipeline import unlearn
 from pipeline.complete import MAX_NEW_TOKENS, completion_rows
 from pipeline.lib.inference import mean_nll
@@ -94,17 +94,7 @@ def memorised(folder: Path) -> Side:
     side = Side()
     torch.manual_seed(0)
     tokenizer = load_tokenizer(TOKENIZER)
-    config = OlmoConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=INTERMEDIATE,
-        num_hidden_layers=BLOCKS,
-        num_attention_heads=HEADS,
-        max_position_embeddings=2048,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-    )
+    config = olmo(VOCABULARY, WIDTH, INTERMEDIATE, BLOCKS, HEADS, tokenizer.eos_token_id)
     auto: Any = AutoModelForCausalLM
     with device():
         model = auto.from_config(config)

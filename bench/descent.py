@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, OlmoConfig, OlmoForCausalLM
+from transformers import AutoModelForCausalLM, OlmoForCausalLM
 
-from bench.measure import Measurement, Side, alone, relative
+from bench.measure import Measurement, Side, alone, olmo, relative
 from pipeline import unlearn
 from pipeline.unlearn import Checkpoint, Decoder, Settings, Text
 
@@ -43,17 +43,7 @@ SETTINGS = Settings("descend", (12, 13, 14), beta=3.0, alpha=900.0, coefficient=
 def prepare(folder: Path) -> None:
     """Write a random OLMo of 1B's depth and vocabulary and a third of its width."""
     torch.manual_seed(0)
-    config = OlmoConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=INTERMEDIATE,
-        num_hidden_layers=BLOCKS,
-        num_attention_heads=HEADS,
-        max_position_embeddings=4096,
-        eos_token_id=END,
-        pad_token_id=1,
-        bos_token_id=None,
-    )
+    config = olmo(VOCABULARY, WIDTH, INTERMEDIATE, BLOCKS, HEADS, END)
     OlmoForCausalLM(config).save_pretrained(folder)
 
 

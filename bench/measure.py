@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import OlmoConfig
+
 
 @dataclass
 class Side:
@@ -43,6 +45,21 @@ class Measurement:
     def ratio(self) -> float:
         """How many times as much the reference takes."""
         return self.reference / self.ours
+
+
+def olmo(vocabulary: int, width: int, intermediate: int, blocks: int, heads: int, end: int) -> OlmoConfig:
+    """Return the config of a model of the organisers' kind."""
+    return OlmoConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=intermediate,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        max_position_embeddings=4096,
+        eos_token_id=end,
+        pad_token_id=1,
+        bos_token_id=None,
+    )
 
 
 def alone(side: Callable[..., Side], *arguments: Any) -> Side:

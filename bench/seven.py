@@ -5,10 +5,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import OlmoConfig
 
 from bench.descent import END, texts
-from bench.measure import Measurement, Side, alone
+from bench.measure import Measurement, Side, alone, olmo
 from pipeline import unlearn
 from pipeline.unlearn import Checkpoint, Decoder, Settings, Text, device
 
@@ -20,17 +19,7 @@ ROWS = 4  # of each task and side, two of them completions: 24 rows
 def prepare(folder: Path) -> None:
     """Write random weights in bfloat16, one block a shard, without ever holding the model."""
     folder.mkdir()
-    config = OlmoConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=INTERMEDIATE,
-        num_hidden_layers=BLOCKS,
-        num_attention_heads=32,
-        max_position_embeddings=4096,
-        eos_token_id=END,
-        pad_token_id=1,
-        bos_token_id=None,
-    )
+    config = olmo(VOCABULARY, WIDTH, INTERMEDIATE, BLOCKS, 32, END)
     config.save_pretrained(folder)
     generator = torch.Generator(device()).manual_seed(0)
     shapes = {f"self_attn.{name}_proj": (WIDTH, WIDTH) for name in "qkvo"}
