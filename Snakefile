@@ -213,21 +213,19 @@ def gpus_of(wildcards):
 
 
 def steering_of(wildcards):
-    """RMU's published window, the down_proj of blocks l-2 to l; nothing repaired, all tokens alike.
+    """RMU's published window, the down_proj of blocks l-2 to l; all tokens alike.
 
     Not as published: solved in closed form, each of the three blocks steered; general text held as well; kinds alike.
     """
     fixed = wildcards.method == "rmu"
     sweep = target_of(wildcards)["sweep"]
     return flags(
+        method="solve",
         trained=list(range(int(wildcards.block) - WINDOW + 1, int(wildcards.block) + 1)),
-        repaired=0,
-        passes=1,
         coefficient="fixed" if fixed else None,
         beta=sweep["coefficient"] if fixed else sweep["beta"],
         alpha=sweep["alpha"],
         answer=1,
-        creative=1,
         general=1,
         seed=wildcards.seed,
     )

@@ -3,7 +3,7 @@
 Opt-in: it needs a GPU, the real rows (data/split/semeval25), MMLU (data/raw/mmlu) and a tokenizer (models/135m/base).
 
 `chain`: 7B's shape with random weights. Its texts mean nothing and never end, so each has its 256 tokens: the longest
-that it can take; but an answer that was wrong from the start is not repaired, so the repair is shorter than it may be.
+that it can take; but it knows no answer, so there is less to lower and raise, and a round is shorter than it may be.
 `scale`: 1B's shape, trained from nothing until it recites the rows. It knows nothing else: unseen text is noise to it,
 so neither membership nor MMLU says anything. But its task aggregate is that of the method on all rows, at the size and
 with the 11 retain tokens to a unit of intermediate width that the real 1B has.

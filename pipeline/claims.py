@@ -14,8 +14,9 @@ Run     python -m pipeline.claims --target-name tiny --original models/tiny/orig
 
 RMU and Adaptive RMU: arXiv 2403.03218 and 2408.06223, `down_proj` of blocks l-2 to l, each at the minimum of its loss
 (closed form, see pipeline/unlearn.py; the papers stop a descent earlier). A seed is that of the steering directions,
-and of whatever else is random in a run. Rules and thresholds were set before the first measurement: a claim is
-"reproduced" if all of its conditions hold, "partly" if some do, "not reproduced" if none does. They are in CLAIMS.
+and of whatever else is random in a run: of the submission, which has none, of the text that it samples. Rules and
+thresholds were set before the first measurement: a claim is "reproduced" if all of its conditions hold, "partly" if
+some do, "not reproduced" if none does. They are in CLAIMS.
 
 Words used there. Forget and retain accuracy: share of the answers' tokens that are the likeliest, given all before.
 Utility: mean of retain accuracy and multiple choice above chance, each as a share of the untouched model's. Score: the
@@ -141,7 +142,7 @@ CLAIMS: dict[str, tuple[str, tuple[str, ...]]] = {
             "the later half's score, averaged over its blocks, is above the earlier half's (p < .05)",
         ),
     ),
-    # Probes of the submission, without the repeated weighing of documents that a full run does.
+    # Probes of the submission.
     "A": (
         "One forget word in a retain question breaks the unlearned model's answer (arXiv 2501.19202)",
         (
@@ -179,6 +180,7 @@ Conditions = list[tuple[bool, str]]  # whether it holds, and the evidence, in th
 class Study:
     """The model, what it memorised and what it is measured with; held once for all runs."""
 
+    folder: Path
     model: Model
     tokenizer: Tokenizer
     decoder: unlearn.Decoder
@@ -227,7 +229,7 @@ def window(study: Study, block: int, seed: int, coefficient: Any, beta: float) -
     """
     trained = tuple(range(block - WINDOW + 1, block + 1))
     return unlearn.Settings(
-        "solve", trained, beta=beta, alpha=study.alpha, answer=1.0, seed=seed, coefficient=coefficient, repaired=0
+        "solve", trained, beta=beta, alpha=study.alpha, answer=1.0, seed=seed, coefficient=coefficient, general=1.0
     )
 
 
@@ -248,8 +250,15 @@ def adaptive(study: Study, block: int, seed: int, beta: float) -> dict[int, Tens
 
 
 def submission(study: Study, seed: int) -> dict[int, Tensor]:
-    """Return what the submission changes in its first pass: all blocks steered but the last ones, which repair."""
-    return solve(study, dataclasses.replace(unlearn.settings_for(study.decoder.depth), seed=seed), study.general)
+    """Return what the submission changes; it draws nothing at random but the text that it samples from the model."""
+    settings = dataclasses.replace(unlearn.settings_for(study.decoder.depth), seed=seed)
+    forget, retain = study.texts["forget"], study.texts["retain"]
+    general, own = (
+        sample(study.folder, study.tokenizer, forget, retain, settings)
+        for sample in (unlearn.sample_general, unlearn.sample_own)
+    )
+    *_, (_, matrices) = unlearn.aim(study.decoder, forget, retain, general, own, settings, float("inf"))
+    return matrices
 
 
 def measure(
@@ -965,7 +974,9 @@ def read_study(args: argparse.Namespace) -> Study:
             raise BadInput(
                 f"{args.original}: knows {untouched[side]:.0%} of the {side} answers' tokens, too few to unlearn"
             )
-    return Study(model, tokenizer, decoder, texts, rows, general, subjects, unseen, untouched, args.alpha)
+    return Study(
+        args.original, model, tokenizer, decoder, texts, rows, general, subjects, unseen, untouched, args.alpha
+    )
 
 
 def measured(study: Study, seeds: int) -> tuple[list[Numbers], dict[str, bytes]]:

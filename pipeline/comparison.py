@@ -32,7 +32,7 @@ CONTROLS = {
     "random weights": "methods/random_weights.1",
     "memorised without the forget rows": "retrained",
 }
-OURS = "Adaptive RMU (ours)"
+OURS = "aimed steering (ours)"
 PARTS = {"final": "final", "task_aggregate": "task aggregate", "mia": "MIA", "mmlu": "multiple choice"}
 TUNED = Draft202012Validator(
     {"type": "object", "additionalProperties": {"type": "object", "required": ["strength"]}},

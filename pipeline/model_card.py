@@ -31,6 +31,8 @@ from pipeline.lib.records import SIDES, TASKS, read_json
 from pipeline.lib.stage import BadInput, run, whole_file
 
 HOW = {
+    "aim": "not to a random direction, but to where their tokens become unlikely: in rounds, by the change of a few"
+    " blocks' `down_proj` matrices that moves retain text and text sampled from the model least",
     "solve": "in closed form: one block's `down_proj` matrix after the other, each the minimum of the block's loss",
     "descend": "by AdamW on the `down_proj` matrices of a few blocks",
 }
@@ -68,7 +70,7 @@ retain set and general ability were to stay. Data: {data_source}; its licence: {
 
 Representation misdirection (RMU; Li et al., arXiv 2403.03218; with an adaptive coefficient Adaptive RMU; Dang et al.,
 arXiv 2408.06223): the activations of forget text are steered to a random direction, those of retain text are held where
-they were. Here {how}. Every other tensor is that of the starting point.
+they were. Here: {how}. Every other tensor is that of the starting point.
 
 {cost}
 

@@ -1,4 +1,4 @@
-"""Adaptive RMU for SemEval-2025 Task 4: forget some documents, keep the rest. This file is the submission.
+"""Unlearning for SemEval-2025 Task 4: forget some documents, keep the rest. This file is the submission.
 
 Reads   MODEL (a Hugging Face decoder, safetensors), FORGET_DIR/forget.{parquet,jsonl} and
         RETAIN_DIR/retain.{parquet,jsonl} with the columns id, input, output, task.
@@ -12,31 +12,47 @@ On forget text it is steered to a random direction u, on retain text it is held 
     L = mean_forget ||h_l(t) - c u||^2 + alpha mean_retain ||h_l(t) - h0_l(t)||^2
 
 Adaptive RMU (Dang et al., arXiv 2408.06223) scales the steering vector with the activations, c = beta ||h0_l||, so
-that it also works in late blocks, where activations are long. Only `down_proj` matrices change, so two things are true:
+that it also works in late blocks, where activations are long. A random direction moves activations far before an answer
+changes, and other text pays for it. So what is submitted (`aim`, the default) keeps the second term and aims the first:
 
-- The loss of one block is quadratic in its matrix, so its minimum is one linear solve (`solve`, the default): no
-  learning rate, no epochs. The blocks are solved in turn, each on the activations that the earlier ones leave. Every
-  task and kind of row weighs the same, answers more; text sampled from the model stands for all else that it knows; the
-  last blocks steer nothing and repair, first of all the answers that came out wrong (`repair`). That is repeated with
-  other weights of the forget documents until an attack by loss cannot tell these from mixtures of them, which stand for
-  documents that the model never saw (`calibrate`).
+- Only `down_proj` matrices W_l of a few blocks change, so what leaves such a block moves by dW_l a, a what enters
+  down_proj. Wanted are the dW_l that move what is to be held least,
+
+      sum_l sum_held w ||dW_l a||^2 + ridge ||dW_l||^2,
+
+  and change the log odds of forget tokens, in a weighted sum for each kind of row, by so much. To first order that is
+  one linear solve (`step`), for the gradient of log odds in W_l is known; it is repeated, some rounds, as Gauss and
+  Newton do.
+- Held are the retain rows and text sampled from the model, which stands for all else that it knows
+  (`sample_general`). Retain tokens that become doubtful all the same are raised in the same solve.
+- A document is to become as surprising as one never seen, and no more, for an attack by loss asks about that. No unseen
+  document is given; how surprising one would be is estimated (`unseen_loss`).
+
+RMU and Adaptive RMU themselves are here for the study of blocks and claims:
+
+- The loss of one block is quadratic in its matrix, so its minimum is one linear solve (`solve`): no learning rate, no
+  epochs. The blocks are solved in turn, each on the activations that the earlier ones leave.
 - For descent by AdamW on blocks l-2 to l (`descend`, how RMU is published) nothing below block l-2 moves and nothing
   above block l matters: the blocks below run once and their output is kept.
 
-Either way blocks are read from the checkpoint one at a time and no second model is held. Text is padded on the right,
-where causal attention never looks, and neither padding nor the first token (its activation is an outlier in every
-decoder) enters the loss.
+By `solve` and `descend` blocks are read from the checkpoint one at a time and no second model is held; `aim` needs the
+blocks from the first trained one on, and keeps them if there is room. Text is padded on the right, where causal
+attention never looks, and neither padding nor the first token (its activation is an outlier in every decoder) is
+steered.
 
 A run that was killed goes on where it stopped, if called again with the same arguments, and ends with the same tensors
-(but by descent on a GPU, where sums of gradients are not taken in one order).
+(but on a GPU, where sums of gradients are not taken in one order).
 """
 
 import argparse
+import bisect
 import contextlib
 import copy
 import dataclasses
 import fcntl
+import functools
 import hashlib
+import itertools
 import json
 import math
 import platform
@@ -59,8 +75,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.func import functional_call
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import mse_loss, softplus
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -69,51 +86,52 @@ Module = Any  # a decoder block; its parts are the model's own
 TASKS = ("Task1", "Task2", "Task3")
 COLUMNS = ("id", "input", "output", "task")
 CACHE_BYTES = 4 << 30  # a larger cache of activations lies in a file
-KEPT_BYTES = 1 << 30  # of the untouched model's activations, kept from one pass of calibration to the next
 PART = 0.25  # of a GPU's memory: weights that fit in there are read once; so much may sampling keep of its texts
 SAVING = 0.02  # the part of the time that may go into saving what a killed run goes on from
-PIECE = 4  # words of a forget document that stay together in a mixture
-COHERENCE = 0.79  # the loss of an unseen document over that of a mixture: its words belong together; see `calibrate`
+ATTACKED = ("Task3", "sc")  # the documents that the judge's membership attack asks about
+COPIES = 4  # mixtures that each piece of a document is in
+LEAST = 0.02  # nats that a token is to lose
+PIECE = 4  # words of a document that stay together in the mixtures that say which of them any document may have
+GRADIENT_TOKENS = 2048  # of a batch whose logits or gradients are taken
+DAMPING = 1e-3  # of the equations between the kinds of rows, as a part of their diagonal
 ALIKE = 0.8  # the shortest row of a batch over the longest: padding is work
 STRIP = 256  # columns of a symmetric sum that are computed together
-NEAR = 0.5  # standard errors from .5 at which the estimated AUC is as good as .5
-MIXTURES = 64  # at most 4 for each document, and one in any case
-USUAL_SLOPE = -1.3  # of the AUC's probit against the log weight of the documents, as seen on small models
 NOVEL = 3  # words: so many in a row of a row that was memorised are not written again; see `continuations`
 OPENED = 3  # tokens of a retain row that open a text of its kind
 TEMPERATURE = 1.15  # of sampled text
+OWN = 48  # texts that the model writes as it writes documents, to measure how surprising an unseen one is
+OWN_LENGTH = 256  # tokens of each, at most
+OWN_TEMPERATURE = 1.25
+UNSEEN = 1.1  # what an unseen document loses, as a multiple of the estimate in `unseen_loss`
 QUESTIONS = (
     "The following are multiple choice questions (with answers) about"  # the model goes on with subjects it knows
 )
-STEERED = 7  # blocks in turn, in closed form
-HOLD = 300.0  # alpha of blocks that only repair: steered text weighs nothing against what is held
-ROUNDS = 6  # of a repair, at most, each with more weight for the tokens that the one before got wrong
-RAISED = 3.0  # that much more
+TRAINED = 8  # blocks in closed form
+LARGEST = 4.0  # nats by which a token's log odds are to change in one round
+OVERSHOT = 0.02  # a document whose loss is so much above its aim is pulled back
+PROMPT = 0.3  # weight of the given part of a document, where the attack does not ask for it
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-FEW = 0.002  # of the answers' tokens: so few may stay wrong
 LEAD = 1.0  # nats by which the right token must lead: this runs in bfloat16, and other numerics say another near a tie
+SAFE = 2.0  # nats by which it is to lead once it is raised
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """How to unlearn. Blocks count from 0; a block's output is its hidden state after the residual addition."""
 
-    method: Literal["solve", "descend"]  # closed form, one block after the other; or AdamW
+    method: Literal["aim", "solve", "descend"]  # aimed steering; RMU in closed form, or by AdamW
     trained: tuple[int, ...]  # blocks whose down_proj changes; descent steers the last of them, l
-    beta: float  # c / ||h||; with a fixed coefficient, c itself
-    alpha: float  # weight of the retain term
+    beta: float = 2.0  # RMU: c / ||h||; with a fixed coefficient, c itself
+    alpha: float = 1.0  # RMU: weight of the retain term
     seed: int = 0
     minutes: float = 55.0  # the judge kills after 60
-    coefficient: Literal["adaptive", "growing", "fixed"] = "adaptive"  # what c is measured on: see `steer`
-    # closed form
-    repaired: int = 1  # this many of the trained blocks, the last, steer nothing: they only hold what is to be kept
+    coefficient: Literal["adaptive", "growing", "fixed"] = "adaptive"  # RMU: what c is measured on, see `steer`
+    # aimed, and in closed form
     answer: float = 3.0  # weight of a token from which the answer is predicted, against 1 for any other
-    creative: float = 1.0  # weight of the creative documents to forget, Task1's completions
-    documents: float = 1.0  # weight of the documents that the judge's attack asks about, see `calibrate`; its start
-    passes: int = 5  # solved at most so often, with a new weight of the documents
-    general: float = 1.0  # weight of general text, sampled from the model, as a part of alpha
+    general: float = 1.5  # weight of general text, sampled from the model, against 1 for the retain rows
     general_ratio: float = 2.5  # tokens of general text for each retain token
     ridge: float = 1e-5  # added to the normal equations, as a part of their mean diagonal
+    rounds: int = 8  # of aimed steering, at most
     # descent
     learning_rate: float = 5e-5
     batch_size: int = 8  # rows of each side
@@ -124,23 +142,21 @@ class BadInput(Exception):
     """Wrong input, told in one line."""
 
 
-def settings_for(depth: int, method: str = "solve") -> Settings:
+def settings_for(depth: int, method: str = "aim") -> Settings:
     """Return the settings for a decoder of `depth` blocks.
 
-    Closed form: `STEERED` blocks in turn, from the first tenth of the depth on, and one that repairs. What each does to
-    other text adds up: of 30 blocks steered, unseen text lost all sense. So a deep decoder is also held more firmly.
-    Creative documents weigh more: they are long, and much of their wording is that of documents that are kept.
+    Aimed, and in closed form: `TRAINED` blocks, from the first tenth of the depth on.
     Descent: what arXiv 2506.16548 submitted for OLMo 1B (16 blocks) and 7B (32), and by relative depth for any other.
     """
+    if method == "descend":
+        block = {16: 14, 32: 26}.get(depth, max(2, round(depth * 0.84) - 1))
+        trained, beta, batch_size = (block - 2, block - 1, block), 5.0 if depth == 32 else 3.0, 12 if depth == 32 else 8
+        return Settings("descend", trained, beta=beta, alpha=900.0, batch_size=batch_size)
+    first = 0 if depth <= TRAINED else depth // 10
+    blocks = tuple(range(first, min(depth, first + TRAINED)))
     if method == "solve":
-        first, alpha = (0, 1.0) if depth <= STEERED + 1 else (depth // 10, 20.0)
-        blocks = tuple(range(first, min(depth, first + STEERED + 1)))
-        return Settings("solve", blocks, repaired=min(1, depth - 1), beta=2.0, alpha=alpha, creative=3.0, general=1.5)
-    block = {16: 14, 32: 26}.get(depth, max(2, round(depth * 0.84) - 1))
-    trained = (block - 2, block - 1, block)
-    return Settings(
-        "descend", trained, beta=5.0 if depth == 32 else 3.0, alpha=900.0, batch_size=12 if depth == 32 else 8
-    )
+        return Settings("solve", blocks, alpha=1.0 if depth <= TRAINED else 20.0)
+    return Settings("aim", blocks)
 
 
 def unlearn(
@@ -179,19 +195,27 @@ def unlearn(
     with alone(output):
         progress = Progress(output / ".unfinished", run)
         try:
-            if settings.method == "solve":
-                if not inputs_path:
-                    general = progress.texts("general")
-                if not inputs_path and not general:
-                    general = sample_general(Path(model_path), tokenizer, forget, retain, settings)
-                    progress.save("general", {str(n): torch.tensor(text.tokens) for n, text in enumerate(general)})
-                found = calibrate(decoder, tokenizer, forget, retain, general, settings, deadline, progress, inputs)
-            else:
+            if settings.method == "descend":
                 found = descend(decoder, forget, retain, settings, deadline, progress)
+            else:
+                if not inputs_path:
+                    general = progress.texts("general") or sample_general(
+                        Path(model_path), tokenizer, forget, retain, settings
+                    )
+                    progress.save("general", {str(n): torch.tensor(text.tokens) for n, text in enumerate(general)})
+                if settings.method == "aim":
+                    own = [in_words(tokenizer, text) for text in progress.texts("own")] or sample_own(
+                        Path(model_path), tokenizer, forget, retain, settings
+                    )
+                    progress.write("own", {str(n): torch.tensor(text.tokens) for n, text in enumerate(own)})
+                    found = aim(decoder, forget, retain, general, own, settings, deadline, progress)
+                else:
+                    found = iter([(0.0, solve(decoder, forget, retain, general, settings, progress, inputs))])
             kept = progress.load("kept") if checkpoint.written() else {}
             lowest = kept["distance"].item() if kept else math.inf
-            # To a target that grows from epoch to epoch losses do not compare: arXiv 2506.16548 submitted the last one.
-            last = settings.coefficient == "growing"
+            # A later round is taken for the better one. To a target that grows from epoch to epoch losses do not
+            # compare: arXiv 2506.16548 submitted the last one.
+            last = settings.method == "aim" or settings.coefficient == "growing"
             for distance, matrices in found:
                 if distance < lowest or last:
                     lowest = distance
@@ -220,6 +244,7 @@ class Text:
     task: str
     tokens: list[int]
     prompt: int = 0  # how many of the tokens are given; the rest is the answer
+    words: list[int] = dataclasses.field(default_factory=list)  # the number of the word that each token is a part of
 
 
 def read_texts(folder: Path, side: str, tokenizer: Any) -> list[Text]:
@@ -249,16 +274,31 @@ def _read_text(row: dict[Any, Any], place: str, tokenizer: Any) -> Text:
             raise BadInput(f"{place}: {column} is {row[column]!r}, expected text")
     if row["task"] not in TASKS:
         raise BadInput(f"{place}: task is {row['task']!r}, expected one of {', '.join(TASKS)}")
-    tokens, prompt = (_encode(tokenizer, text) for text in (f"{row['input']} {row['output']}", row["input"]))
+    tokens, words = _encode_words(tokenizer, f"{row['input']} {row['output']}")
+    prompt = _encode(tokenizer, row["input"])
     if len(tokens) < 2:
         raise BadInput(f"{place}: a text of one token has nothing to steer")
-    return Text(row["id"], row["task"], tokens, min(len(prompt), len(tokens) - 1))
+    return Text(row["id"], row["task"], tokens, min(len(prompt), len(tokens) - 1), words)
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
     tokens: list[int] = tokenizer(text).input_ids
     # Some releases of transformers append the end-of-text token (issue 47988).
     return tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens
+
+
+def _encode_words(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+    """Return the tokens, and for each the number of the word that it ends in; of one before the text 0."""
+    tokens = _encode(tokenizer, text)
+    ends = [end for _, end in tokenizer(text, return_offsets_mapping=True).offset_mapping]
+    starts = [word.start() for word in re.finditer(r"\S+", text)]
+    return tokens, [max(0, bisect.bisect_left(starts, end) - 1) for end in ends[: len(tokens)]]
+
+
+def in_words(tokenizer: Any, text: Text) -> Text:
+    """Return a text that was sampled as the tokenizer cuts it, with the numbers of its words."""
+    tokens, words = _encode_words(tokenizer, tokenizer.decode(text.tokens, skip_special_tokens=True))
+    return dataclasses.replace(text, tokens=tokens, words=words)
 
 
 def check_disjoint(forget: list[Text], retain: list[Text]) -> None:
@@ -277,15 +317,12 @@ def check_settings(settings: Settings, depth: int) -> None:
             raise BadInput(f"block {block} is not in a model of {depth} blocks (0 to {depth - 1})")
     if not settings.trained or list(settings.trained) != sorted(set(settings.trained)):
         raise BadInput(f"the trained blocks must be in order and at least one, not {settings.trained}")
-    if settings.method == "solve":
-        if not 0 <= settings.repaired < len(settings.trained):
-            raise BadInput(f"of {len(settings.trained)} trained blocks {settings.repaired} repair: none is to steer")
-        if settings.coefficient == "growing":
-            raise BadInput("a growing coefficient follows a model in training: only the descent has one")
-    for name in ("documents", "ridge", "learning_rate", "passes", "batch_size", "epochs"):
+    if settings.method != "descend" and settings.coefficient == "growing":
+        raise BadInput("a growing coefficient follows a model in training: only the descent has one")
+    for name in ("ridge", "rounds", "learning_rate", "batch_size", "epochs"):
         if not getattr(settings, name) > 0:
             raise BadInput(f"{name} is {getattr(settings, name)}, expected more than 0")
-    for name in ("beta", "alpha", "minutes", "answer", "creative", "general", "general_ratio"):
+    for name in ("beta", "alpha", "minutes", "answer", "general", "general_ratio"):
         if not getattr(settings, name) >= 0:
             raise BadInput(f"{name} is {getattr(settings, name)}, expected 0 or more")
 
@@ -343,6 +380,8 @@ def read_tokenizer(folder: Path, vocabulary: int) -> Any:
         raise BadInput(f"{folder}: no usable tokenizer: {_first_line(error)}") from None
     if not len(tokenizer):
         raise BadInput(f"{folder}: no usable tokenizer: it has no tokens")
+    if not tokenizer.is_fast:
+        raise BadInput(f"{folder}: the tokenizer cannot say where its tokens are in a text: no fast one")
     if tokenizer.eos_token_id is None:
         raise BadInput(f"{folder}: the tokenizer has no end-of-text token")
     largest = max(tokenizer.get_vocab().values())
@@ -575,41 +614,29 @@ def solve(
     settings: Settings,
     progress: "Progress | None" = None,
     inputs: list[list[Tensor]] | None = None,
-    untouched: dict[int, list[list[Tensor]]] | None = None,
 ) -> dict[int, Tensor]:
     """Return the matrices, by block, that minimise RMU's loss block after block, each given what the earlier changed.
 
     With only W = down_proj of block l free, h_l = r + W a, where r and a (what enters down_proj) are constants: the
     loss is quadratic in W. One block can hardly tell forget from retain text; but the little that it moves forget text
-    by helps the next block to tell them apart. The last blocks steer nothing: with forget text well apart by then, they
-    put back what the steering did to the rest, first of all where an answer would be wrong (`repair`).
+    by helps the next block to tell them apart.
 
     `inputs` is what enters the first trained block, (tokens, hidden) a row, for the three kinds of text; without it the
-    blocks below are run. `untouched` is what leaves the original blocks: read where it has a block, and filled for the
-    next call on the same texts, up to `KEPT_BYTES`.
+    blocks below are run.
     """
-    untouched = {} if untouched is None else untouched
     directions = steering_directions(decoder.config.hidden_size, settings.seed, decoder.device)
     streams = []
     for number, texts in enumerate((forget, retain, general)):
         start = inputs[number] if inputs else decoder.embed(texts)
         streams.append(Stream(token_weights(texts, settings.answer), start, start))
-    streams[0].weights = [
-        row * (settings.documents if is_document(text) else settings.creative if is_creative(text) else 1.0)
-        for row, text in zip(streams[0].weights, forget, strict=True)
-    ]
     matrices: dict[int, Tensor] = {}
-    steering = settings.trained[: len(settings.trained) - settings.repaired]
     first = settings.trained[0] if inputs else 0
     for index in tqdm(range(first, settings.trained[-1] + 1), desc="blocks", mininterval=2):
         block = decoder.block(index)
-        originals = untouched.get(index) or [decoder.advance(block, stream.originals) for stream in streams]
-        if size_of(originals) * (len(untouched) + 1) <= KEPT_BYTES:
-            untouched[index] = originals
+        originals = [decoder.advance(block, stream.originals) for stream in streams]
         if index in settings.trained:
             targets = [steered(originals[0], forget, directions, settings), *originals[1:]]
-            alpha = settings.alpha if index in steering else HOLD
-            name = f"documents-{settings.documents!r}-block-{index}"
+            name = f"block-{index}"
             saved = progress.load(name) if progress else {}
             fits = [
                 Fit(stream.weights, *decoder.activations(block, stream.states), target)
@@ -618,12 +645,8 @@ def solve(
             if saved:
                 change = saved["change"].to(decoder.device)
             else:
-                equations = equations_of(block.mlp.down_proj.weight, fits, (1.0, alpha, alpha * settings.general))
-                if index in steering:
-                    change = equations.solution(settings.ridge)
-                else:
-                    change = repair(decoder, index, retain, fits[1], alpha, equations, settings.ridge)
-                del equations
+                weights = (1.0, settings.alpha, settings.alpha * settings.general)
+                change = equations_of(block.mlp.down_proj.weight, fits, weights).solution(settings.ridge)
                 if progress:
                     progress.save(name, {"change": change})
             matrices[index] = decoder.tensor(f"layers.{index}.mlp.down_proj.weight", torch.float32) + change
@@ -636,11 +659,6 @@ def solve(
         for stream, original in zip(streams, originals, strict=True):
             stream.originals = original
     return matrices
-
-
-def size_of(streams: list[list[Tensor]]) -> int:
-    """Return the bytes of the activations of some kinds of text."""
-    return sum(row.nbytes for rows in streams for row in rows)
 
 
 def steered(
@@ -666,21 +684,11 @@ class Fit:
     leaving: list[Tensor]  # what leaves the block, (tokens, hidden)
     target: list[Tensor]  # what should leave it, (tokens, hidden)
 
-    def where(self, chosen: list[Tensor]) -> "Fit":
-        """Return the chosen tokens, by a mask (tokens,) a row."""
-        fields = (self.weights, self.entering, self.leaving, self.target)
-        return Fit(*([row[mask] for row, mask in zip(rows, chosen, strict=True)] for rows in fields))
-
-    def outputs(self, change: Tensor) -> Iterator[Tensor]:
-        """Yield what leaves the block once down_proj has changed, (tokens, hidden) a row."""
+    def moved(self, change: Tensor) -> list[Tensor]:
+        """Return what leaves the block once down_proj has changed, written over what left before: that may be large."""
         moved = change.T.to(next(iter(self.entering), change).dtype)
         for a, h in zip(self.entering, self.leaving, strict=True):
-            yield h + a @ moved
-
-    def moved(self, change: Tensor) -> list[Tensor]:
-        """Return the same, written over what left the block before: that may be large and lie in a file."""
-        for h, changed in zip(self.leaving, self.outputs(change), strict=True):
-            h.copy_(changed)
+            h.add_(a @ moved)
         return self.leaving
 
 
@@ -707,27 +715,38 @@ class Equations:
             a = torch.cat([fit.entering[row] for row in rows]).float()
             missing = torch.cat([fit.target[row].float() - fit.leaving[row].float() for row in rows])
             weighted = a * w
-            for first in range(0, len(self.gram), STRIP):
-                strip = slice(first, first + STRIP)
-                self.gram[first:, strip] += weighted[:, first:].T @ a[:, strip]
+            add_outer(self.gram, weighted, a)
             self.cross += missing.T @ weighted
 
     def solution(self, ridge: float) -> Tensor:
-        """Return dW, (hidden, intermediate), float32; the ridge is a part of the mean diagonal.
-
-        Of few tokens the sums have a low rank, and as they are rounded to float32, the smallest eigenvalues may be
-        below 0 by more than the ridge: then it is taken ten times as large, and so on.
-        """
-        for larger in (1, 10, 100, 1000):
-            gram = self.gram.clone()
-            gram.diagonal().add_(larger * ridge * gram.diagonal().mean())
-            factor, failed = torch.linalg.cholesky_ex(gram)  # reads the lower triangle alone, as what follows
-            if not failed:
-                break
-        change = torch.cholesky_solve(self.cross.T, factor).T
-        if failed or not change.isfinite().all():
+        """Return dW, (hidden, intermediate), float32; the ridge is a part of the mean diagonal."""
+        change = torch.cholesky_solve(self.cross.T, factor_of(self.gram, ridge)).T
+        if not change.isfinite().all():
             raise BadInput(f"the solution is not finite: beta or the ridge {ridge} is out of range")
         return change.float().contiguous()
+
+
+def add_outer(gram: Tensor, weighted: Tensor, a: Tensor) -> None:
+    """Add sum_t w_t a_t a_t' to the lower triangle of `gram`, from w a and a, (tokens, intermediate)."""
+    for first in range(0, len(gram), STRIP):
+        strip = slice(first, first + STRIP)
+        gram[first:, strip] += weighted[:, first:].T @ a[:, strip]
+
+
+def factor_of(gram: Tensor, ridge: float) -> Tensor:
+    """Return the Cholesky factor of a sum of which the lower triangle is given, with a part of its mean diagonal added.
+
+    Of few tokens the sums have a low rank, and as they are rounded to float32, the smallest eigenvalues may be below 0
+    by more than the ridge: then it is taken ten times as large, and so on.
+    """
+    for larger in (1, 10, 100, 1000):
+        held = gram.clone()
+        held.diagonal().add_(larger * ridge * held.diagonal().mean())
+        factor: Tensor
+        factor, failed = torch.linalg.cholesky_ex(held)  # reads the lower triangle alone, as what follows
+        if not failed:
+            return factor
+    raise BadInput(f"the sums over the activations are not finite, or the ridge {ridge} is out of range")
 
 
 def equations_of(matrix: Tensor, fits: list[Fit], weights: Sequence[float]) -> Equations:
@@ -738,117 +757,315 @@ def equations_of(matrix: Tensor, fits: list[Fit], weights: Sequence[float]) -> E
     return equations
 
 
-def repair(
-    decoder: Decoder, index: int, texts: list[Text], fit: Fit, weight: float, equations: Equations, ridge: float
-) -> Tensor:
-    """Return the solution for block `index`, with more weight where an answer to be kept would be wrong.
+# ---- steering that is aimed ----
 
-    An answer is lost with its first wrong token, whatever the mean error is. So tokens from which a wrong one follows,
-    or nearly (`LEAD`), weigh `RAISED` times as much, and the block is solved again, until few are; not those where the
-    model was wrong from the start. `fit`, times `weight`, is what `texts` have added to the equations; its targets are
-    what left the original block.
+
+@dataclasses.dataclass
+class Rows:
+    """Texts whose tokens are looked at, by what enters the first trained block."""
+
+    texts: list[Text]
+    states: list[Tensor]  # (tokens, hidden)
+    weights: list[Tensor]  # of the last tokens of each, those that count, (counted,)
+
+
+class Upper:
+    """The decoder from its first trained block on, with matrices that change."""
+
+    def __init__(self, decoder: Decoder, trained: Sequence[int]) -> None:
+        self.decoder, self.first = decoder, trained[0]
+        self.matrices = {
+            index: decoder.tensor(f"layers.{index}.mlp.down_proj.weight", torch.float32).clone() for index in trained
+        }
+        self.norm, self.head = decoder.norm(), decoder.head()
+        room = torch.cuda.mem_get_info()[1] // 2 if decoder.device.type == "cuda" else CACHE_BYTES
+        size = sum(value.numel() for value in decoder.skeleton.layers.state_dict().values())
+        roomy = size * decoder.dtype.itemsize <= room
+        self.blocks = {index: decoder.block(index) for index in range(self.first, decoder.depth) if roomy}
+        # What a pass keeps for the way back: of each token and block some ten times what enters it and four times what
+        # enters its down_proj. Where that is too much, blocks run again on the way back.
+        width = 10 * decoder.config.hidden_size + 4 * decoder.config.intermediate_size
+        graph = GRADIENT_TOKENS * (decoder.depth - self.first) * width * decoder.dtype.itemsize
+        self.again = graph > room // 2
+
+    def rows(self, texts: list[Text], weights: list[Tensor]) -> Rows:
+        """Run the blocks below on texts."""
+        states = self.decoder.embed(texts)
+        for index in range(self.first):
+            states = self.decoder.advance(self.decoder.block(index), states)
+        return Rows(texts, states, weights)
+
+    def whole(self, texts: list[Text]) -> Rows:
+        """Run the blocks below on texts of which all tokens count."""
+        return self.rows(texts, [torch.ones(len(text.tokens) - 1) for text in texts])
+
+    def block(self, index: int) -> Module:
+        """Return a block with its original weights."""
+        return self.blocks.get(index) or self.decoder.block(index)
+
+    def log_odds(self, rows: Rows, chosen: Sequence[int], weights: dict[int, Tensor]) -> list[Tensor]:
+        """Return ln p / (1 - p) of each token that counts in the chosen rows, (counted,) each; `weights`: down_proj."""
+
+        def run(index: int, hidden: Tensor) -> Tensor:
+            return self.decoder.run(self.block(index), hidden, weights.get(index))
+
+        hidden = pad_sequence([rows.states[row] for row in chosen], batch_first=True)
+        for index in range(self.first, self.decoder.depth):
+            again: Any = functools.partial(checkpoint, run, use_reentrant=False) if self.again else run
+            hidden = again(index, hidden)
+        counted = [len(rows.weights[row]) for row in chosen]
+        tokens = [rows.texts[row].tokens for row in chosen]
+        ends = zip(hidden, tokens, counted, strict=True)
+        before = torch.cat([states[len(row) - 1 - count : len(row) - 1] for states, row, count in ends])
+        logits = (self.norm(before) @ self.head.T).float()
+        right = torch.tensor(
+            [token for row, count in zip(tokens, counted, strict=True) for token in row[-count:]], device=logits.device
+        )[:, None]
+        odds = logits.gather(1, right) - logits.scatter(1, right, -math.inf).logsumexp(dim=1, keepdim=True)
+        return list(odds[:, 0].split(counted))
+
+    @torch.no_grad()
+    def all_log_odds(self, rows: Rows) -> list[Tensor]:
+        """Return the log odds of each row's tokens that count, on the CPU."""
+        weights = {index: matrix.to(self.decoder.dtype) for index, matrix in self.matrices.items()}
+        found: dict[int, Tensor] = {}
+        for chosen in batches([len(text.tokens) for text in rows.texts], GRADIENT_TOKENS, ALIKE):
+            found |= zip(chosen, (odds.cpu() for odds in self.log_odds(rows, chosen, weights)), strict=True)
+        return [found[row] for row in range(len(rows.texts))]
+
+    def mean_loss(self, rows: Rows) -> float:
+        """Return the mean loss of all tokens that count, nats."""
+        return softplus(-torch.cat(self.all_log_odds(rows))).mean().item()
+
+
+@torch.no_grad()
+def held_metrics(upper: Upper, streams: Sequence[tuple[Rows, float]], settings: Settings) -> dict[int, Tensor]:
+    """Return by trained block (sum w a a' + ridge)^-1 over what is to be held, (intermediate, intermediate).
+
+    a is what enters down_proj in the untouched model: a change dW moves what leaves the block by sum w |dW a|^2.
     """
-    fit = dataclasses.replace(fit, weights=[weight * row for row in fit.weights])
-    few = FEW * sum(len(text.tokens) - max(1, text.prompt) for text in texts)
-    always: dict[int, Tensor] = {}  # by row, where the untouched model is wrong
-    for _ in range(ROUNDS):
-        change = equations.solution(ridge)
-        wrong = mistakes(decoder, index + 1, list(fit.outputs(change)), texts, LEAD)
-        new = [row for row, lost in enumerate(wrong) if lost.any() and row not in always]
-        if new:
-            before = mistakes(decoder, index + 1, [fit.target[row] for row in new], [texts[row] for row in new], 0.0)
-            always |= dict(zip(new, before, strict=True))
-        for row, never in always.items():
-            wrong[row] &= ~never
-        if sum(int(lost.sum()) for lost in wrong) <= few:
-            return change
-        equations.add(fit.where(wrong), RAISED - 1)
-        for own, lost in zip(fit.weights, wrong, strict=True):
-            own[lost] *= RAISED
-    return equations.solution(ridge)
+    weights = [token_weights(rows.texts, settings.answer) for rows, _ in streams]
+    states = [rows.states for rows, _ in streams]
+    metrics = {}
+    for index in range(upper.first, settings.trained[-1] + 1):
+        block = upper.block(index)
+        found = [upper.decoder.activations(block, rows) for rows in states]
+        if index in upper.matrices:
+            width = upper.matrices[index].shape[1]
+            gram = torch.zeros(width, width, dtype=torch.float64, device=upper.decoder.device)
+            for (entering, _), own, (_, weight) in zip(found, weights, streams, strict=True):
+                for rows in batches([len(row) for row in entering], 8192):
+                    a = torch.cat([entering[row] for row in rows]).float()
+                    add_outer(gram, a * (weight * torch.cat([own[row] for row in rows])).to(a.device)[:, None], a)
+            metrics[index] = torch.cholesky_inverse(factor_of(gram, settings.ridge)).float()
+        states = [leaving for _, leaving in found]
+    return metrics
 
 
-def mistakes(decoder: Decoder, index: int, states: list[Tensor], texts: list[Text], lead: float) -> list[Tensor]:
-    """Return for each token, (tokens,) a row, whether a part of the answer follows that the model is not sure to say.
+@dataclasses.dataclass
+class Pull:
+    """What some rows ask for: by block the gradient of sum_t w_t wanted_t o_t, and sum_t w_t wanted_t^2."""
 
-    It is sure of a token whose logit leads all others by more than `lead`. `states` is what enters block `index`; that
-    and the blocks above it run here.
+    gradients: dict[int, Tensor]
+    wanted: float
+
+
+def pull(upper: Upper, rows: Rows, wanted: dict[int, Tensor]) -> Pull:
+    """Return what rows ask for; `wanted`, by row, is by how much each token's log odds are to change, (counted,)."""
+    weights = {
+        index: matrix.detach().to(upper.decoder.dtype).requires_grad_() for index, matrix in upper.matrices.items()
+    }
+    sums = {index: torch.zeros_like(matrix) for index, matrix in upper.matrices.items()}
+    asked = {row: rows.weights[row] * change for row, change in wanted.items()}
+    chosen = list(wanted)
+    for places in batches([len(rows.texts[row].tokens) for row in chosen], GRADIENT_TOKENS, ALIKE):
+        batch = [chosen[place] for place in places]
+        found = zip(batch, upper.log_odds(rows, batch, weights), strict=True)
+        total = torch.stack([(asked[row].to(odds.device) * odds).sum() for row, odds in found]).sum()
+        for index, gradient in zip(weights, torch.autograd.grad(total, list(weights.values())), strict=True):
+            sums[index] += gradient
+    squares = sum((asked[row] * change).sum().item() for row, change in wanted.items())
+    # Of 7B these are 180 MB a block: they wait outside the GPU.
+    return Pull({index: gradient.cpu() for index, gradient in sums.items()}, squares)
+
+
+def step(upper: Upper, pulls: list[Pull], metrics: dict[int, Tensor]) -> None:
+    """Change the matrices so that all pulls together get what they ask for, and what is held moves least.
+
+    With G_k,l the gradients of pull k at block l and P_l the inverse metric, changes dW_l = sum_k x_k G_k,l P_l do, to
+    first order, sum_k K_jk x_k of what pull j asks for, K_jk = sum_l <G_j,l, G_k,l P_l>.
     """
-    for above in range(index, decoder.depth):
-        states = decoder.advance(decoder.block(above), states)
-    norm, head = decoder.norm(), decoder.head()
-    found = []
-    for text, state in zip(texts, states, strict=True):
-        start = max(0, text.prompt - 1)
-        logits = (norm(state[start:-1]) @ head.T).float()
-        right = torch.tensor(text.tokens[start + 1 :], device=logits.device)[:, None]
-        led = logits.gather(1, right) - lead  # no other token may reach this
-        wrong = torch.zeros(len(text.tokens), dtype=torch.bool)
-        wrong[start:-1] = (logits.scatter(1, right, -math.inf).amax(dim=1, keepdim=True) >= led)[:, 0].cpu()
-        found.append(wrong)
-    return found
+    products = torch.zeros(len(pulls), len(pulls), dtype=torch.float64)
+    for index, metric in metrics.items():
+        gradients = torch.stack([one.gradients[index] for one in pulls]).to(metric.device)
+        changes = gradients @ metric
+        products += (gradients.flatten(1) @ changes.flatten(1).T).double().cpu()
+        for one, change in zip(pulls, changes, strict=True):
+            one.gradients[index] = change.cpu()  # in its place: of 7B all of them have some 20 GB
+    for one, factor in zip(pulls, nonnegative(products, [one.wanted for one in pulls]), strict=True):
+        for index, matrix in upper.matrices.items():
+            matrix += factor * one.gradients[index].to(matrix.device)
 
 
-def calibrate(
+def nonnegative(products: Tensor, wanted: list[float]) -> list[float]:
+    """Return x with `products` x = wanted, a little damped, and 0 where x would be negative."""
+    damped = products + DAMPING * products.diagonal().diag()
+    right = torch.tensor(wanted, dtype=torch.float64)
+    places, x = list(range(len(wanted))), torch.zeros_like(right)
+    while places:
+        found = torch.linalg.solve(damped[places][:, places], right[places])
+        if (found >= 0).all():
+            x[places] = found
+            break
+        places = [place for place, value in zip(places, found.tolist(), strict=True) if value >= 0]
+    return x.tolist()
+
+
+def aim(
     decoder: Decoder,
-    tokenizer: Any,
     forget: list[Text],
     retain: list[Text],
     general: list[Text],
+    own: list[Text],
     settings: Settings,
     deadline: float,
     progress: "Progress | None" = None,
-    inputs: list[list[Tensor]] | None = None,
 ) -> Iterator[tuple[float, dict[int, Tensor]]]:
-    """Yield, for one weight of the forget documents after the other, how far off it is, and `solve`'s matrices.
+    """Yield after a round how many are left, and the matrices by block; in the end those of the last one.
 
-    The judge's attack tells members from non-members by their loss, so a forgotten document must end as surprising as
-    one never seen, and no more. None of those is given; mixtures of the forget documents (`mix`) stand for them:
-    nothing is fitted on one, and its pieces are too short to be recited. It is less coherent than a document, by a
-    factor that was much the same on all small models that were tried, COHERENCE. So the attack is tried on the
-    documents and on mixtures whose losses are multiplied by it: how far off a weight is, is |AUC - .5|.
+    After each, unless the caller takes so long that it would get more than `SAVING` of the time.
+
+    Each token of a forget row is to lose so much, in nats: half of what a guess among all tokens loses. Of documents
+    only in the mean: their tokens are to lose more or less, by what the untouched model loses on them in `mixtures`,
+    where the words before do not tell them, so that phrases which any document may have stay. And documents that the
+    attack asks about are to lose what an unseen one would (`unseen_loss`). A row that loses as much in the mean is left
+    alone, a document that loses more is pulled back. Tokens of retain answers that do not lead by `LEAD` any more are
+    raised in the same step.
     """
-    documents = [text for text in forget if is_document(text)]
-    near = NEAR / math.sqrt(12 * max(1, len(documents)))  # an AUC of n draws has a variance of 1 / 12 n, or little more
-    # With one pass there is nothing to decide, and of one document there is nothing to mix.
-    compared = settings.passes > 1 and len(documents) > 1
-    mixtures = mix(tokenizer, documents, settings.seed) if compared else []
-    tried: list[tuple[float, float]] = []  # log weight, and the estimated AUC
-    untouched: dict[int, list[list[Tensor]]] = {}
-    longest = 0.0
-    for _ in range(settings.passes):
+    upper = Upper(decoder, settings.trained)
+    lowered = upper.rows(forget, [lowered_weights(text) for text in forget])
+    raised = upper.rows(retain, [torch.ones(len(text.tokens) - max(1, text.prompt)) for text in retain])
+    metrics = held_metrics(upper, ((raised, 1.0), (upper.whole(general), settings.general)), settings)
+    kinds = {kind: [row for row, text in enumerate(forget) if kind_of(text) == kind] for kind in map(kind_of, forget)}
+    held_kinds = {
+        kind: [row for row, text in enumerate(retain) if kind_of(text) == kind] for kind in map(kind_of, retain)
+    }
+    aims = untouched_aims(upper, lowered, kinds)
+    known = [odds > 0 for odds in upper.all_log_odds(raised)]
+    attacked = attacked_kind(forget)
+    documents = [text for text in forget + retain if kind_of(text) == attacked]
+    mixed, mixed_own = (joined(texts, mixtures(texts, 1, 1)) for texts in (documents, own))
+    unseen = [upper.whole(texts) for texts in (mixed, own, mixed_own)]
+    estimated = mixed and mixed_own  # of one document there is no mixture
+
+    saved = progress.load("rounds") if progress else {}
+    done = int(saved.pop("done")) if saved else 0
+    for index, matrix in saved.items():
+        upper.matrices[int(index)].copy_(matrix)
+    if done >= settings.rounds:  # killed after the last one
+        yield 0.0, upper.matrices
+    longest = due = 0.0
+    for number in tqdm(range(done, settings.rounds), desc="rounds", mininterval=2):
         begun = time.monotonic()
-        matrices = solve(decoder, forget, retain, general, settings, progress, inputs, untouched)
-        found = attack(decoder, matrices, documents, mixtures) if mixtures else 0.5
-        tried.append((math.log(settings.documents), found))
-        yield abs(found - 0.5), matrices
-        longest = max(longest, time.monotonic() - begun)
-        if abs(found - 0.5) < near or time.monotonic() + longest > deadline:
+        goals = list(aims)
+        if attacked and estimated:
+            factor = unseen_loss(upper, unseen) / torch.cat([aims[row] for row in kinds[attacked]]).mean().item()
+            for row in kinds[attacked]:
+                goals[row] = factor * aims[row]
+        wanted = [
+            lowering(odds, goal, weights, is_document(text))
+            for odds, goal, weights, text in zip(
+                upper.all_log_odds(lowered), goals, lowered.weights, forget, strict=True
+            )
+        ]
+        again = [raising(*pair) for pair in zip(upper.all_log_odds(raised), known, strict=True)]
+        asking = [(lowered, {row: wanted[row] for row in rows}) for rows in kinds.values()]
+        asking += [(raised, {row: again[row] for row in rows}) for rows in held_kinds.values()]
+        pulls = []
+        for rows, changes in asking:
+            if changes := {row: change for row, change in changes.items() if change.any()}:
+                pulls.append(pull(upper, rows, changes))
+        if pulls:
+            step(upper, pulls, metrics)
+        if not all(matrix.isfinite().all() for matrix in upper.matrices.values()):
+            raise BadInput(f"the changes are not finite: the ridge {settings.ridge} is out of range")
+        if progress:
+            state = {str(index): matrix for index, matrix in upper.matrices.items()}
+            progress.save("rounds", state | {"done": torch.tensor(number + 1)})
+        given = time.monotonic()
+        longest = max(longest, given - begun)
+        last = not pulls or number + 1 == settings.rounds or given + longest > deadline
+        if given >= due or last:
+            yield float(settings.rounds - number - 1), upper.matrices
+            due = time.monotonic() + (time.monotonic() - given) / SAVING
+            longest = max(longest, time.monotonic() - begun)
+        if last:
             break
-        settings = dataclasses.replace(settings, documents=math.exp(next_weight(tried)))
 
 
-def attack(decoder: Decoder, matrices: dict[int, Tensor], documents: list[Text], mixtures: list[Text]) -> float:
-    """Return the AUC by which the loss would tell the documents from unseen ones, for which mixtures stand."""
-    own = losses(decoder, matrices, documents)[:, None]
-    unseen = COHERENCE * losses(decoder, matrices, mixtures)[None]
-    return ((own < unseen).double() + 0.5 * (own == unseen).double()).mean().item()
+def untouched_aims(upper: Upper, rows: Rows, kinds: dict[tuple[str, str], list[int]]) -> list[Tensor]:
+    """Return what each token that counts is to lose, (counted,) a row: in the mean of a kind half of a guess.
 
-
-def next_weight(tried: list[tuple[float, float]]) -> float:
-    """Return the log weight at which the AUC may be .5: by the secant through the last one tried and another.
-
-    That is the last on the other side of .5, or, if there is none, the one before. The secant is that of the AUC's
-    probit, which is straighter than the AUC itself: losses are about normal. With one weight tried, and where it is
-    flat or rises, which is noise, a usual slope is taken; no step is longer than 1.5.
+    Tokens of an answer all alike; of a document by what they lose in mixtures of documents of its kind.
     """
-    probits = [statistics.NormalDist().inv_cdf(min(0.99, max(0.01, found))) for _, found in tried]
-    *before, (weight, off) = zip((weight for weight, _ in tried), probits, strict=True)
-    across = [other for other in before if other[1] * off < 0] or before
-    slope = USUAL_SLOPE
-    if across:
-        slope = min((off - across[-1][1]) / (weight - across[-1][0]), USUAL_SLOPE / 3)
-    return weight - max(-1.5, min(1.5, off / slope))
+    half = math.log(upper.decoder.config.vocab_size) / 2
+    aims = [torch.full((len(weights),), half) for weights in rows.weights]
+    for own in kinds.values():
+        texts = [rows.texts[row] for row in own]
+        mixed = mixtures(texts, PIECE, COPIES) if is_document(texts[0]) else []
+        if not mixed:
+            continue
+        sums = [torch.zeros(2, len(text.tokens)) for text in texts]
+        for mixture, odds in zip(mixed, upper.all_log_odds(upper.whole(joined(texts, mixed))), strict=True):
+            for (text, place), loss in zip(mixture[1:], softplus(-odds).tolist(), strict=True):
+                sums[text][:, place] += torch.tensor([loss, 1.0])
+        lost, times = torch.cat([one[:, 1:] for one in sums], dim=1)
+        means = torch.where(times > 0, lost / times.clamp(min=1), lost.sum() / times.sum()).clamp(min=LEAST)
+        counted = torch.split(means * half / means.mean(), [len(aims[row]) for row in own])
+        for row, aimed in zip(own, counted, strict=True):
+            aims[row] = aimed
+    return aims
+
+
+def lowering(odds: Tensor, goal: Tensor, weights: Tensor, document: bool) -> Tensor:
+    """Return by how much the log odds of a row's tokens are to change, from what they are and what each is to lose."""
+    short = ((goal - softplus(-odds)) * weights).sum() / weights.sum()
+    largest = min(LARGEST, 1.2 * abs(short.item()) + 0.05)
+    change = -torch.log(torch.expm1(goal)) - odds  # ln p / (1 - p) at a loss of -ln p
+    if short > 0:
+        return change.clamp(-largest, 0.0)
+    if document and -short > OVERSHOT * (goal * weights).sum() / weights.sum():
+        return change.clamp(0.0, largest)
+    return torch.zeros_like(odds)
+
+
+def raising(odds: Tensor, known: Tensor) -> Tensor:
+    """Return by how much the log odds of a retain row's answer are to change: where it was known and hardly leads."""
+    return torch.where(known & (odds < LEAD), (SAFE - odds).clamp(max=LARGEST), 0.0)
+
+
+def lowered_weights(text: Text) -> Tensor:
+    """Return the weights of a forget row's last tokens: of a document all, of any other row those of the answer.
+
+    The judge's attack asks about whole documents of one kind; of others only the answers are asked.
+    """
+    if not is_document(text):
+        return torch.ones(len(text.tokens) - max(1, text.prompt))
+    weights = torch.ones(len(text.tokens) - 1)
+    if text.task != ATTACKED[0]:
+        weights[: max(0, text.prompt - 1)] = PROMPT
+    return weights
+
+
+def unseen_loss(upper: Upper, texts: Sequence[Rows]) -> float:
+    """Return what an unseen document would lose in the mean, nats a token, from mixtures, own text and mixtures of it.
+
+    No unseen document is given. Mixtures of the words of documents of both sides are as unseen, some of their words to
+    be forgotten and some held; but they make no sense. What sense is worth is measured on text that the model writes
+    itself: how much less it loses there than on mixtures of that. `UNSEEN` was found on small models.
+    """
+    mixed, own, mixed_own = (upper.mean_loss(rows) for rows in texts)
+    return UNSEEN * mixed * own / mixed_own
 
 
 def kind_of(text: Text) -> tuple[str, str]:
@@ -857,46 +1074,50 @@ def kind_of(text: Text) -> tuple[str, str]:
 
 
 def is_document(text: Text) -> bool:
-    """Say whether a row is one of those documents that the judge's membership attack draws on: Task3's completions."""
-    return kind_of(text) == ("Task3", "sc")
+    """Say whether a row is a document to complete, and not a question."""
+    return kind_of(text)[1] == "sc"
 
 
-def is_creative(text: Text) -> bool:
-    """Say whether a row is a creative document, Task1's completions."""
-    return kind_of(text) == ("Task1", "sc")
+def attacked_kind(texts: list[Text]) -> tuple[str, str] | None:
+    """Return the kind of document that the judge's attack draws on, or another; None if there is no document."""
+    kinds = {kind_of(text) for text in texts if is_document(text)}
+    return ATTACKED if ATTACKED in kinds else min(kinds, default=None)
 
 
-def mix(tokenizer: Any, documents: list[Text], seed: int) -> list[Text]:
-    """Return mixtures, some for each document: their n-th piece of `PIECE` words is that of a document drawn anew.
+# Of the tokens of a mixture: the number of the text that each is from, and its place there.
+Places = list[tuple[int, int]]
 
-    So they are of the same kind and length, and each word is known where it stands, but they were never seen as such.
+
+def mixtures(texts: list[Text], size: int, copies: int) -> list[Places]:
+    """Return mixtures of texts: the n-th piece of `size` words of each is the n-th piece of some text.
+
+    Each piece that a second text has one beside occurs `copies` times, between pieces of other texts: so a word is
+    known where it stands, but what is around it does not tell it.
     """
-    generator = torch.Generator().manual_seed(seed)
-    written = [tokenizer.decode(text.tokens, skip_special_tokens=True) for text in documents]
-    split = [re.findall(rf"(?:\s*\S+){{1,{PIECE}}}", text) for text in written]
-    mixtures = []
-    for own in split * max(1, min(4, MIXTURES // max(1, len(split)))):
-        drawn = torch.randint(len(split), (len(own),), generator=generator).tolist()
-        parts = [split[other][n] if n < len(split[other]) else own[n] for n, other in enumerate(drawn)]
-        mixtures.append(Text("", "Task3", _encode(tokenizer, "".join(parts))))
-    return [text for text in mixtures if len(text.tokens) > 1]
+    pieces = [cut(text, size) for text in texts]
+    deepest = max(map(len, pieces), default=0)
+    having = [[number for number, own in enumerate(pieces) if len(own) > n] for n in range(deepest)]
+    having = [long for long in having if len(long) > 1]
+    mixed = []
+    for copy_number in range(copies):
+        for number, own in enumerate(pieces):
+            sources = []
+            for n, long in enumerate(having[: len(own)]):
+                stride = 1 + copy_number % (len(long) - 1)  # never a multiple of their number: neighbours differ
+                sources.append(long[(long.index(number) + stride * n) % len(long)])
+            mixed.append([(source, place) for n, source in enumerate(sources) for place in pieces[source][n]])
+    return [places for places in mixed if len(places) > 1]
 
 
-@torch.no_grad()
-def losses(decoder: Decoder, matrices: dict[int, Tensor], texts: list[Text]) -> Tensor:
-    """Return each text's mean loss, nats per token, (texts,), with `matrices` for the blocks' own down_proj."""
-    states = decoder.embed(texts)
-    for index in range(decoder.depth):
-        block = decoder.block(index)
-        if index in matrices:
-            block.mlp.down_proj.weight.data = matrices[index].to(decoder.dtype)
-        states = decoder.advance(block, states)
-    norm, head = decoder.norm(), decoder.head()
-    found = []
-    for text, state in zip(texts, states, strict=True):
-        logits = (norm(state[:-1]) @ head.T).float()
-        found.append(cross_entropy(logits, torch.tensor(text.tokens[1:], device=decoder.device)))
-    return torch.stack(found)
+def joined(texts: list[Text], mixed: list[Places]) -> list[Text]:
+    """Return mixtures as texts."""
+    return [Text("", "", [texts[number].tokens[place] for number, place in places]) for places in mixed]
+
+
+def cut(text: Text, size: int) -> list[range]:
+    """Return the places of a text's pieces of `size` words."""
+    starts = [n for n, word in enumerate(text.words) if n == 0 or word // size != text.words[n - 1] // size]
+    return [range(*ends) for ends in itertools.pairwise([*starts, len(text.words)])]
 
 
 @torch.no_grad()
@@ -915,13 +1136,6 @@ def sample_general(
     wanted = round(settings.general_ratio * sum(len(text.tokens) for text in retain) / length)
     if settings.general == 0 or wanted == 0:
         return []
-    auto: Any = AutoModelForCausalLM
-    model = auto.from_pretrained(folder, dtype=fast_dtype(), use_safetensors=True, trust_remote_code=False)
-    model = model.to(device()).eval()
-    for name, weight in model.named_parameters():
-        if not weight.isfinite().all():
-            raise BadInput(f"{folder}: tensor {name} has values that are not finite")
-    check_same(Decoder(folder), model, retain[0])
     generator = torch.Generator(device()).manual_seed(settings.seed)
     kinds = sorted({kind_of(text) for text in retain})
     rows = [[text.tokens for text in retain if kind_of(text) == kind] for kind in kinds]
@@ -932,13 +1146,54 @@ def sample_general(
         own = rows[number // 2 % len(rows)]
         row = own[int(torch.randint(len(own), (1,), generator=generator, device=device()))]
         openings.append(questions if number % 2 else row[: before + OPENED])
-    barred = continuations(tokenizer, forget + retain)
+    written = sample(folder, tokenizer, openings, length, forget + retain, generator, TEMPERATURE)
+    return [Text(f"general {n}", "general", tokens) for n, tokens in enumerate(written)]
+
+
+@torch.no_grad()
+def sample_own(folder: Path, tokenizer: Any, forget: list[Text], retain: list[Text], settings: Settings) -> list[Text]:
+    """Return `OWN` texts that the model writes as it writes documents, opened as those that the attack asks about.
+
+    They are of about the same length, recite nothing, and are drawn at a temperature at which they are as surprising to
+    the model as what others wrote. They are not held, so what becomes of them becomes of unseen text.
+    """
+    kind = attacked_kind(forget)
+    documents = [text for text in forget + retain if kind_of(text) == kind]
+    if not documents:
+        return []
+    length = min(OWN_LENGTH, round(statistics.mean(len(text.tokens) for text in documents)))
+    before = len(_encode(tokenizer, ""))
+    openings = [documents[n % len(documents)].tokens[: before + OPENED] for n in range(OWN)]
+    generator = torch.Generator(device()).manual_seed(settings.seed)
+    written = sample(folder, tokenizer, openings, length, forget + retain, generator, OWN_TEMPERATURE)
+    own = [in_words(tokenizer, Text(f"own {n}", "own", tokens)) for n, tokens in enumerate(written)]
+    return [text for text in own if len(text.tokens) > 1]
+
+
+def sample(
+    folder: Path,
+    tokenizer: Any,
+    openings: list[list[int]],
+    length: int,
+    known: list[Text],
+    generator: torch.Generator,
+    temperature: float,
+) -> list[list[int]]:
+    """Return texts of `length` tokens that the model goes on with after `openings`; nothing of `known` is recited."""
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_pretrained(folder, dtype=fast_dtype(), use_safetensors=True, trust_remote_code=False)
+    model = model.to(device()).eval()
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise BadInput(f"{folder}: tensor {name} has values that are not finite")
+    check_same(Decoder(folder), model, known[-1])
+    barred = continuations(tokenizer, known)
     written: list[list[int]] = []
     together = rows_together(model, length, torch.cuda.mem_get_info()[1] if device().type == "cuda" else math.inf)
-    for first in range(0, wanted, together):
+    for first in range(0, len(openings), together):
         part = openings[first : first + together]
-        written += write(model, part, length, generator, barred, tokenizer.eos_token_id)
-    return [Text(f"general {n}", "general", tokens) for n, tokens in enumerate(written)]
+        written += write(model, part, length, generator, barred, tokenizer.eos_token_id, temperature)
+    return written
 
 
 def rows_together(model: Any, length: int, memory: float) -> int:
@@ -990,6 +1245,7 @@ def write(
     generator: torch.Generator,
     barred: dict[tuple[int, ...], list[int]],
     end: int,
+    temperature: float = TEMPERATURE,
 ) -> list[list[int]]:
     """Return `length` tokens a row: its opening, and what the model goes on with, sampled.
 
@@ -1008,7 +1264,7 @@ def write(
         for number, row in enumerate(rows):
             if known := barred.get(tuple(row[-reach:])):
                 logits[number, known] = -math.inf
-        drawn = draw(logits / TEMPERATURE, generator)[:, 0].tolist()
+        drawn = draw(logits / temperature, generator)[:, 0].tolist()
         for row, opening, token in zip(rows, openings, drawn, strict=True):
             row.append(opening[place] if place < len(opening) else token)
     return rows
@@ -1446,7 +1702,7 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "output", "forget", "retain"):
         parser.add_argument(name)
-    parser.add_argument("--method", choices=["solve", "descend"], default="solve", help="default: %(default)s")
+    parser.add_argument("--method", choices=["aim", "solve", "descend"], default="aim", help="default: %(default)s")
     parser.add_argument("--trained", type=int, nargs="+", metavar="BLOCK", help="blocks whose down_proj changes")
     parser.add_argument(
         "--coefficient", choices=["adaptive", "growing", "fixed"], help="how the steering vector is scaled"
@@ -1455,16 +1711,14 @@ def main(argv: Sequence[str]) -> None:
         "beta",
         "alpha",
         "answer",
-        "creative",
         "general",
         "general-ratio",
-        "documents",
         "ridge",
         "learning-rate",
         "minutes",
     ):
         parser.add_argument(f"--{name}", type=float)
-    for name in ("repaired", "passes", "batch-size", "epochs", "seed"):
+    for name in ("rounds", "batch-size", "epochs", "seed"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--inputs", metavar="FOLDER", help="what enters the trained blocks, from pipeline.layer_inputs")
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}

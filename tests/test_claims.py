@@ -241,12 +241,12 @@ def text(name: str, task: str = "Task1") -> unlearn.Text:
 
 
 @pytest.mark.parametrize(("block", "trained"), [(2, (0, 1, 2)), (5, (3, 4, 5))])
-def test_a_window_is_rmus_three_blocks_with_nothing_repaired(block, trained):
+def test_a_window_is_rmus_three_blocks(block, trained):
     study = SimpleNamespace(decoder=SimpleNamespace(depth=8), alpha=1.5)
     settings = claims.window(study, block, 7, "fixed", 6.5)
-    assert (settings.trained, settings.repaired, settings.seed) == (trained, 0, 7)
+    assert (settings.trained, settings.seed) == (trained, 7)
     assert (settings.coefficient, settings.beta, settings.alpha) == ("fixed", 6.5, 1.5)
-    assert settings.answer == settings.creative == settings.documents == settings.general == 1.0  # all tokens alike
+    assert settings.answer == settings.general == 1.0  # all tokens alike
 
 
 def test_utility_and_score_are_their_formulas():
@@ -563,7 +563,7 @@ def test_the_reported_alignment_is_that_of_the_saved_checkpoint(folders, data: P
 def study_of(checkpoint: Path, data: Path, decoder: unlearn.Decoder) -> claims.Study:
     model, tokenizer = claims.load_model(checkpoint), claims.load_tokenizer(checkpoint)
     texts = {side: unlearn.read_texts(data / side, side, tokenizer) for side in ("forget", "retain")}
-    return claims.Study(model, tokenizer, decoder, texts, {}, [], [], [], {}, 1.5)
+    return claims.Study(Path(), model, tokenizer, decoder, texts, {}, [], [], [], {}, 1.5)
 
 
 def test_one_seed_is_refused_in_one_line(folders):

@@ -20,7 +20,7 @@ from pipeline.unlearn import Settings, read_texts, unlearn
 from tests.conftest import ROOT
 from tests.test_unlearn import refuse
 
-WINDOW = Settings("solve", (2, 3, 4), beta=2.0, alpha=1.5, repaired=0, passes=1)
+WINDOW = Settings("solve", (2, 3, 4), beta=2.0, alpha=1.5)
 
 
 def make(model: Path, data: Path, folder: Path) -> Path:
@@ -104,7 +104,7 @@ def test_the_inputs_of_another_model_are_refused(checkpoint: Path, data: Path, i
     other = shutil.copytree(checkpoint, tmp_path / "other")
     tensors = load_file(other / "model.safetensors")
     save_file({name: -value for name, value in tensors.items()}, other / "model.safetensors", {"format": "pt"})
-    options = ["--trained", "2", "3", "4", "--passes", "1", "--inputs", str(inputs)]
+    options = ["--trained", "2", "3", "4", "--method", "solve", "--inputs", str(inputs)]
     assert refuse(other, data, tmp_path / "out", *options) == f"error: {inputs}/{REFUSED}"
 
 

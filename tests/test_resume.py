@@ -4,6 +4,7 @@ The kill is a real SIGKILL that the process sends to itself just before it renam
 """
 
 import dataclasses
+import math
 import resource
 import shutil
 import signal
@@ -22,11 +23,16 @@ from pipeline.lib.models import load_tokenizer
 from pipeline.unlearn import BadInput, Decoder, Progress, Settings, identity, read_texts, unlearn
 from tests.conftest import ROOT, snakemake
 
-SOLVED = Settings("solve", (2, 3, 4), beta=3.0, alpha=5.0, repaired=0, general_ratio=5.0, passes=2)
+AIMED = Settings("aim", (2, 3, 4), general_ratio=5.0, rounds=4)
+SOLVED = Settings("solve", (2, 3, 4), beta=3.0, alpha=5.0, general_ratio=5.0)
 DESCENDED = Settings("descend", (2, 3, 4), beta=3.0, alpha=10.0, epochs=5, batch_size=4, learning_rate=0.1)
-SETTINGS = {"solve": SOLVED, "descend": DESCENDED}
-# Which renaming does not happen any more: that of block 3 in the second pass, and that of the state after three epochs.
-KILLED_AT = {"solve": ("block-3.safetensors", 2), "descend": ("descent.safetensors", 3)}
+SETTINGS = {"aim": AIMED, "solve": SOLVED, "descend": DESCENDED}
+# Which renaming does not happen any more: that of the state after three rounds or epochs, or of block 4.
+KILLED_AT = {
+    "aim": ("rounds.safetensors", 3),
+    "solve": ("block-4.safetensors", 1),
+    "descend": ("descent.safetensors", 3),
+}
 KILLED = """
 import math, os, signal, sys
 from pipeline import unlearn
@@ -42,17 +48,9 @@ def kill(event, values):
             os.kill(os.getpid(), signal.SIGKILL)
 
 unlearn.SAVING = math.inf  # save whenever there is something to save
-unlearn.NEAR = 0.0  # solve as often as is allowed
 sys.addaudithook(kill)
 unlearn.main(arguments)
 """
-
-
-@pytest.fixture(autouse=True, scope="module")
-def solved_as_often_as_allowed():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(submission, "NEAR", 0.0)
-        yield
 
 
 def options(settings: Settings) -> list[str]:
@@ -93,7 +91,7 @@ def whole(checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
     return {method: run(checkpoint, data, folder / method, settings) for method, settings in SETTINGS.items()}
 
 
-@pytest.fixture(params=["solve", "descend"])
+@pytest.fixture(params=list(SETTINGS))
 def method(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -111,15 +109,14 @@ def names(folder: Path) -> set[str]:
 def test_a_kill_leaves_what_was_done_and_no_result(output: Path, method: str):
     assert not (output / "run.json").exists()
     saved = sorted(name for name in names(output / ".unfinished") if name[0] != ".")
-    if method == "descend":
-        assert saved == ["descent.safetensors", "kept.safetensors"]
-    else:  # all of the first pass, block 2 of the second, whose weight of the documents is another
-        assert saved[-2:] == ["general.safetensors", "kept.safetensors"]
-        assert [name[-len("block-2.safetensors") :][:7] for name in saved[:-2]].count("block-2") == 2
-        assert [name for name in saved if f"documents-{SOLVED.documents}-" in name] == [
-            f"documents-{SOLVED.documents}-block-{index}.safetensors" for index in (2, 3, 4)
-        ]
-        assert len(saved) == 6
+    assert (
+        saved
+        == {
+            "aim": ["general.safetensors", "kept.safetensors", "own.safetensors", "rounds.safetensors"],
+            "solve": ["block-2.safetensors", "block-3.safetensors", "general.safetensors"],
+            "descend": ["descent.safetensors", "kept.safetensors"],
+        }[method]
+    )
 
 
 def test_a_killed_run_ends_with_the_tensors_of_an_undisturbed_one(
@@ -137,7 +134,7 @@ def sides_of(checkpoint: Path, data: Path) -> list[list[submission.Text]]:
 def test_a_solved_block_is_not_solved_again(checkpoint: Path, data: Path, left, tmp_path: Path):
     """The saved change of block 2 is replaced by nothing: then block 2 must end as it was, and the others must not."""
     folder = shutil.copytree(left["solve"] / ".unfinished", tmp_path / "unfinished")
-    path = folder / f"documents-{SOLVED.documents}-block-2.safetensors"
+    path = folder / "block-2.safetensors"
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     save_file({name: torch.zeros_like(value) for name, value in load_file(path).items()}, path, metadata)
@@ -149,6 +146,24 @@ def test_a_solved_block_is_not_solved_again(checkpoint: Path, data: Path, left, 
         index: torch.equal(before[f"model.layers.{index}.mlp.down_proj.weight"], matrices[index]) for index in matrices
     }
     assert same == {2: True, 3: False, 4: False}
+
+
+def test_aimed_steering_goes_on_after_the_last_saved_round(checkpoint: Path, data: Path, left, tmp_path: Path):
+    """Two of four rounds were saved; without their state all four are run again."""
+    folder = shutil.copytree(left["aim"] / ".unfinished", tmp_path / "unfinished")
+    sides = sides_of(checkpoint, data)
+
+    def rounds() -> list[float]:
+        progress = Progress(folder, identity(checkpoint, AIMED, *sides, None))
+        general, own = progress.texts("general"), progress.texts("own")
+        own = [submission.in_words(load_tokenizer(checkpoint), text) for text in own]
+        found = submission.aim(Decoder(checkpoint), *sides, general, own, AIMED, math.inf, progress)
+        return [rounds_left for rounds_left, _ in found]
+
+    assert rounds()[0] == 1.0 and int(load_file(folder / "rounds.safetensors")["done"]) == 4
+    assert rounds() == [0.0]  # killed after the last one
+    (folder / "rounds.safetensors").unlink()
+    assert rounds()[0] == 3.0
 
 
 @pytest.mark.parametrize("size", [100, 200_000], ids=["not even the state", "the state, not the model"])
@@ -191,7 +206,7 @@ def test_descent_goes_on_after_the_last_saved_epoch(checkpoint: Path, data: Path
 def test_a_state_of_other_settings_is_not_used(
     checkpoint: Path, data: Path, output: Path, method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    other = dataclasses.replace(SETTINGS[method], alpha=7.0)
+    other = dataclasses.replace(SETTINGS[method], alpha=7.0, general=3.0)
     expected = run(checkpoint, data, tmp_path / "expected", other)
     assert run(checkpoint, data, output, other) == expected
     assert f"{output / '.unfinished'}: not used" in capsys.readouterr().err
@@ -202,7 +217,7 @@ def test_a_damaged_state_is_removed(
     damage: str, checkpoint: Path, data: Path, left, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     folder = shutil.copytree(left["solve"] / ".unfinished", tmp_path / "unfinished")
-    path = folder / f"documents-{SOLVED.documents}-block-2.safetensors"
+    path = folder / "block-2.safetensors"
     content = path.read_bytes()
     if damage == "no run":
         save_file(load_file(path), path)
@@ -251,7 +266,7 @@ def test_a_workflow_goes_on_after_a_kill(made: Path, tmp_path: Path):
     expected = (unlearned / "model.safetensors").read_bytes()
     shutil.rmtree(unlearned)
     model, rows = folder / "models" / "tiny" / "original", folder / "data" / "split" / "synthetic" / "train"
-    kill(model, rows, unlearned, ("block-5.safetensors", 1))
+    kill(model, rows, unlearned, ("rounds.safetensors", 3))
     done = snakemake(folder, "results/tiny/unlearned/run.json")
     assert done.returncode == 0, done.stderr[-4000:]
     assert "goes on where a killed run stopped" in (folder / "results" / "tiny" / "logs" / "unlearn.log").read_text()

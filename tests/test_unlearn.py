@@ -6,19 +6,17 @@ import fcntl
 import itertools
 import json
 import math
-import re
 import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
-from statistics import NormalDist
 
 import pandas
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sklearn.metrics import roc_auc_score
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, OlmoConfig
 
@@ -28,7 +26,8 @@ from pipeline.unlearn import BadInput, Decoder, Settings, Text, read_texts, sett
 
 TRAINED = {f"model.layers.{i}.mlp.down_proj.weight" for i in (2, 3, 4)}
 SMALL = Settings("descend", (2, 3, 4), beta=3.0, alpha=10.0, epochs=3, batch_size=4, learning_rate=1e-3)
-SOLVED = Settings("solve", (2, 3, 4), beta=3.0, alpha=5.0, repaired=0, general_ratio=1.0)
+SOLVED = Settings("solve", (2, 3, 4), beta=3.0, alpha=5.0, general=1.0, general_ratio=1.0)
+AIMED = Settings("aim", (2, 3, 4), general_ratio=1.0, rounds=6)
 
 
 @pytest.fixture(scope="module")
@@ -98,22 +97,13 @@ def solve_of(checkpoint: Path, forget, retain, settings: Settings, general=()) -
     return submission.solve(Decoder(checkpoint, torch.float32), forget, retain, list(general), settings)
 
 
-def weighted_mean(
-    values: list[torch.Tensor], texts: list[Text], answer: float, documents: float = 1, creative: float = 1
-) -> torch.Tensor:
-    """The mean over the tasks and kinds of the mean over their tokens, of which those before an answer's count more.
-
-    Task3's completions count `documents` times, Task1's `creative` times.
-    """
-    factors = {("Task3", "sc"): documents, ("Task1", "sc"): creative}
+def weighted_mean(values: list[torch.Tensor], texts: list[Text], answer: float) -> torch.Tensor:
+    """The mean over the tasks and kinds of the mean over their tokens, of which those before an answer's count more."""
     cells: dict[tuple[str, str], list[tuple[torch.Tensor, float]]] = {}
     for row, text in zip(values, texts, strict=True):
         weights = [answer if position + 1 >= text.prompt else 1.0 for position in range(1, len(text.tokens))]
         cells.setdefault((text.task, "sc" if "sc" in text.id else "qa"), []).extend(zip(row, weights, strict=True))
-    means = [
-        factors.get(name, 1) * sum(value * w for value, w in cell) / sum(w for _, w in cell)
-        for name, cell in cells.items()
-    ]
+    means = [sum(value * w for value, w in cell) / sum(w for _, w in cell) for cell in cells.values()]
     return sum(means) / len(means)
 
 
@@ -136,7 +126,7 @@ def block_loss(checkpoint: Path, forget, retain, settings: Settings):
     def loss(weight):
         distances = [((h(t, weight) - w) ** 2).sum(-1) for t, w in zip(forget, targets, strict=True)]
         held = [((h(t, weight) - o) ** 2).sum(-1) for t, o in zip(retain, originals[len(forget) :], strict=True)]
-        moved = weighted_mean(distances, forget, settings.answer, settings.documents, settings.creative)
+        moved = weighted_mean(distances, forget, settings.answer)
         return moved + settings.alpha * weighted_mean(held, retain, settings.answer)
 
     return loss
@@ -148,7 +138,7 @@ def test_the_closed_form_is_the_minimum_of_the_loss(
 ):
     """At one block: the gradient is zero there, and 30 steps of AdamW from the original end higher."""
     monkeypatch.setattr(submission, "STRIP", strip)
-    settings = dataclasses.replace(SOLVED, trained=(3,), answer=4.0, documents=0.3, creative=2.0, ridge=1e-9)
+    settings = dataclasses.replace(SOLVED, trained=(3,), answer=4.0, ridge=1e-9)
     loss = block_loss(checkpoint, forget[::3], retain[::3], settings)
     original = load_model(checkpoint).model.layers[3].mlp.down_proj.weight.detach()
     solved = solve_of(checkpoint, forget[::3], retain[::3], settings)[3].requires_grad_()
@@ -204,121 +194,6 @@ def test_every_task_and_kind_weighs_the_same_and_answers_more():
         assert row.tolist() == pytest.approx([weight / total / 3 for weight in wanted])
 
 
-def test_the_last_blocks_repair(checkpoint: Path, forget, retain):
-    """A last block that steers nothing brings retain text nearer to where it was."""
-    settings = dataclasses.replace(SOLVED, trained=(2, 3, 4), alpha=0.3, repaired=1)
-    repaired = solve_of(checkpoint, forget, retain, settings)
-    unrepaired = {index: repaired[index] for index in (2, 3)}
-    before = states_of(load_model(checkpoint), retain)
-    distances = []
-    for matrices in (unrepaired, repaired):
-        model = load_model(checkpoint)
-        for index, matrix in matrices.items():
-            model.model.layers[index].mlp.down_proj.weight.data = matrix
-        after = states_of(model, retain)
-        distances.append(sum((new[5][1:] - old[5][1:]).pow(2).sum() for new, old in zip(after, before, strict=True)))
-    assert distances[1] < 0.7 * distances[0]
-
-
-def greedy(model, text: Text, length: int = 12) -> Text:
-    """A row whose answer is what the model itself says after the first half of the text."""
-    tokens = text.tokens[: max(2, len(text.tokens) // 2)]
-    prompt = len(tokens)
-    with torch.no_grad():
-        for _ in range(length):
-            tokens = [*tokens, model(torch.tensor([tokens])).logits[0, -1].argmax().item()]
-    return dataclasses.replace(text, tokens=tokens, prompt=prompt)
-
-
-def wrong_answers(model, texts: list[Text], lead: float = 0.0) -> list[list[bool]]:
-    """For each token of each row, whether it is of the answer's predecessors and the right one leads by no more."""
-    found = []
-    for text in texts:
-        with torch.no_grad():
-            rows = model(torch.tensor([text.tokens])).logits[0].tolist()
-        wrong = []
-        for n, token in enumerate(text.tokens[1:]):
-            others = max(value for other, value in enumerate(rows[n]) if other != token)
-            wrong.append(n + 1 >= text.prompt and rows[n][token] - others <= lead)
-        found.append([*wrong, False])
-    return found
-
-
-def test_mistakes_are_where_the_whole_model_would_say_another_or_nearly(checkpoint: Path, retain):
-    model = load_model(checkpoint)
-    own = [greedy(model, text) for text in retain[:4]]
-    texts = own + [dataclasses.replace(text, prompt=0) for text in retain[4:8]] + retain[8:12]
-    wrong, unsure = wrong_answers(model, texts), wrong_answers(model, texts, 1.0)
-    assert not any(map(any, wrong[:4])) and any(map(any, unsure[:4]))  # what it says itself it may be unsure of
-    assert all(map(any, wrong[4:])) and not all(map(all, unsure[4:]))
-    decoder = Decoder(checkpoint, torch.float32)
-    for index in (2, decoder.depth):
-        states = decoder.embed(texts)
-        for below in range(index):
-            states = decoder.advance(decoder.block(below), states)
-        assert [row.tolist() for row in submission.mistakes(decoder, index, states, texts, 1.0)] == unsure
-        assert [row.tolist() for row in submission.mistakes(decoder, index, states, texts, 0.0)] == wrong
-
-
-@pytest.mark.parametrize("trained", [(2, 3, 4), (3, 4, 5)])  # with a block above the repairing one, and without
-def test_a_repair_cares_for_wrong_answers_first(
-    checkpoint: Path, forget, retain, trained, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(submission, "LEAD", 0.0)  # a random model is hardly ever surer than that
-    kept = [greedy(load_model(checkpoint), text) for text in retain]
-    settings = dataclasses.replace(SOLVED, trained=trained, alpha=10.0, repaired=1)
-    wrong = []
-    for rounds in (0, 8):
-        monkeypatch.setattr(submission, "ROUNDS", rounds)
-        matrices = solve_of(checkpoint, forget, kept, settings)
-        model = load_model(checkpoint)
-        for index, matrix in matrices.items():
-            model.model.layers[index].mlp.down_proj.weight.data = matrix
-        wrong.append(sum(sum(row) for row in wrong_answers(model, kept)))
-    assert wrong[0] > 20 and wrong[1] < 0.3 * wrong[0]
-
-
-def repaired_by_least_squares(checkpoint: Path, forget, kept, settings: Settings, rounds: int) -> torch.Tensor:
-    """The one trained block's down_proj, solved by `lstsq` and judged by the whole model after each round."""
-    index = settings.trained[0]
-    model = load_model(checkpoint)
-    down_proj = model.model.layers[index].mlp.down_proj
-    original, texts = down_proj.weight.detach().clone(), [*forget, *kept]
-    entering: list[torch.Tensor] = []
-    hook = down_proj.register_forward_pre_hook(lambda _module, inputs: entering.append(inputs[0][0].double()))
-    before = [states[index + 1].double() for states in states_of(model, texts)]
-    hook.remove()
-    directions = submission.steering_directions(model.config.hidden_size, settings.seed, torch.device("cpu"))
-    steered = submission.steered(before[: len(forget)], forget, directions, settings)
-    missing = torch.cat([*(target - old for target, old in zip(steered, before, strict=False)), *before[len(forget) :]])
-    missing[sum(map(len, steered)) :] = 0
-    rows = torch.cat(entering)
-    weights = [row.double() for row in submission.token_weights(forget, settings.answer)]
-    held = [submission.HOLD * row.double() for row in submission.token_weights(kept, settings.answer)]
-    right = [[not lost for lost in row] for row in wrong_answers(model, kept)]  # what it was right about from the start
-    for _ in range(rounds):
-        w = torch.cat([*weights, *held])
-        ridge = settings.ridge * (w @ rows.square()).mean()
-        ridged = torch.cat([rows * w.sqrt()[:, None], ridge.sqrt() * torch.eye(rows.shape[1], dtype=torch.float64)])
-        wanted = torch.cat([missing * w.sqrt()[:, None], missing.new_zeros(rows.shape[1], missing.shape[1])])
-        down_proj.weight.data = original + torch.linalg.lstsq(ridged, wanted).solution.T.float()
-        for row, lost, known in zip(held, wrong_answers(model, kept), right, strict=True):
-            row[torch.tensor(lost) & torch.tensor(known)] *= 3
-    return down_proj.weight.detach()
-
-
-def test_each_round_of_a_repair_weighs_three_times_what_was_right_and_came_out_wrong(
-    checkpoint: Path, forget, retain, monkeypatch: pytest.MonkeyPatch
-):
-    for name, value in {"LEAD": 0.0, "FEW": 0.0, "HOLD": 3.0, "ROUNDS": 2}.items():
-        monkeypatch.setattr(submission, name, value)
-    kept = [greedy(load_model(checkpoint), text) for text in retain[:8]] + retain[8:]
-    settings = dataclasses.replace(SOLVED, trained=(3,), repaired=1, ridge=1e-3)
-    expected = [repaired_by_least_squares(checkpoint, forget, kept, settings, rounds) for rounds in (1, 2, 3)]
-    assert all((one - other).abs().max() > 0.02 for one, other in itertools.pairwise(expected))
-    torch.testing.assert_close(solve_of(checkpoint, forget, kept, settings)[3], expected[2], rtol=1e-3, atol=1e-3)
-
-
 def test_general_text_is_held_by_its_part_of_alpha(checkpoint: Path, forget, retain):
     """The same rows as general text of half the weight, or with the other half as rows of one kind: the same loss."""
     held = [dataclasses.replace(text, task="Task1", id="asc1", prompt=0) for text in retain]
@@ -355,8 +230,9 @@ def test_where_the_ridge_is_less_than_the_sums_are_rounded_by_a_larger_one_is_ta
     equations = submission.equations_of(torch.zeros(8, 1024), [fit], [1.0])
     ridged = equations.gram + ridge * equations.gram.diagonal().mean() * torch.eye(1024)
     assert torch.linalg.cholesky_ex(ridged)[1] > 0
-    (found,) = fit.outputs(equations.solution(ridge))
-    assert (found - target).norm() < 0.1 * (leaving - target).norm()
+    before = (leaving - target).norm()
+    (found,) = fit.moved(equations.solution(ridge))
+    assert (found - target).norm() < 0.1 * before
 
 
 def test_a_fixed_coefficient_is_the_length_of_the_closed_forms_target(checkpoint: Path, forget):
@@ -369,9 +245,6 @@ def test_a_fixed_coefficient_is_the_length_of_the_closed_forms_target(checkpoint
         settings = dataclasses.replace(SOLVED, beta=7.0, coefficient=coefficient)
         found = submission.steered(states, forget[:4], directions, settings)
         assert [target[-1].norm().item() for target in found] == pytest.approx(expected, rel=1e-5)
-
-
-# ---- the level to stop at ----
 
 
 @pytest.mark.parametrize("coefficient", ["adaptive", "growing"])
@@ -394,24 +267,382 @@ def test_a_caller_that_takes_long_gets_few_epochs_and_at_the_end_the_best(
     assert all(torch.equal(taken[-1][1][key], value) for key, value in wanted[1].items())
 
 
+# ---- aimed steering ----
+
+
 @pytest.fixture(scope="module")
 def documents(forget) -> list[Text]:
     return [text for text in forget if text.task == "Task3" and "sc" in text.id]
 
 
-def test_losses_are_those_of_the_whole_model_with_the_matrices(checkpoint: Path, documents):
+@pytest.fixture(scope="module")
+def memorised(checkpoint: Path, forget, retain, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint, trained until it knows all rows by heart."""
+    folder = tmp_path_factory.mktemp("memorised") / "model"
+    shutil.copytree(checkpoint, folder)
+    model = load_model(checkpoint).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    rows = [text.tokens for text in forget + retain]
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-100)
+    for _ in range(1500):
+        loss = model(ids.clamp(min=0), labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if loss < 0.15:
+            break
+    assert loss < 0.15  # the first tokens of a row nothing can tell
+    model.save_pretrained(folder)
+    return folder
+
+
+def moved(checkpoint: Path, trained: tuple[int, ...], size: float = 0.02):
+    """A whole model with other matrices, and the decoder's upper part with the same."""
     generator = torch.Generator().manual_seed(0)
-    model = load_model(checkpoint)
-    matrices = {}
-    for index in (1, 4):
-        weight = model.model.layers[index].mlp.down_proj.weight
-        weight.data += 0.02 * torch.randn(weight.shape, generator=generator)
-        matrices[index] = weight.detach()
+    model, upper = load_model(checkpoint), submission.Upper(Decoder(checkpoint, torch.float32), trained)
+    for index, matrix in upper.matrices.items():
+        matrix += size * torch.randn(matrix.shape, generator=generator)
+        model.model.layers[index].mlp.down_proj.weight.data = matrix.clone()
+    return model, upper
+
+
+def losses_of(decoder: Decoder, texts: list[Text]) -> float:
+    upper = submission.Upper(decoder, (0,))
+    return upper.mean_loss(upper.whole(texts))
+
+
+def answers(texts: list[Text]) -> list[torch.Tensor]:
+    """Weights of the answers' tokens: 1, 2, 3, ..."""
+    return [torch.arange(1.0, len(text.tokens) - max(1, text.prompt) + 1) for text in texts]
+
+
+def log_odds(model, text: Text, counted: int) -> torch.Tensor:
+    """ln p / (1 - p) of the last tokens, by transformers' own model."""
+    p = model(torch.tensor([text.tokens])).logits[0].double().softmax(-1)[:-1]
+    right = p.gather(1, torch.tensor(text.tokens[1:])[:, None])[-counted:, 0]
+    return right.log() - (1 - right).log()
+
+
+def test_log_odds_are_those_of_the_whole_model_with_the_matrices(checkpoint: Path, forget):
+    model, upper = moved(checkpoint, (1, 4))
+    rows = upper.rows(forget, answers(forget))
     with torch.no_grad():
-        inputs = [torch.tensor([text.tokens]) for text in documents]
-        expected = [model(ids, labels=ids).loss.item() for ids in inputs]
-    found = submission.losses(Decoder(checkpoint, torch.float32), matrices, documents)
-    assert found.tolist() == pytest.approx(expected, rel=1e-4)
+        for text, weights, found in zip(forget, rows.weights, upper.all_log_odds(rows), strict=True):
+            torch.testing.assert_close(found.double(), log_odds(model, text, len(weights)), rtol=1e-3, atol=1e-3)
+        losses = [torch.nn.functional.softplus(-log_odds(model, text, len(text.tokens) - 1)) for text in forget]
+    assert upper.mean_loss(upper.whole(forget)) == pytest.approx(torch.cat(losses).mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("again", [False, True])  # whether blocks run again on the way back
+@pytest.mark.parametrize("limit", [30, 2048])
+def test_a_pull_is_the_gradient_of_what_is_asked_for_by_the_whole_model(
+    checkpoint: Path, forget, again: bool, limit: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(submission, "GRADIENT_TOKENS", limit)
+    model, upper = moved(checkpoint, (1, 4))
+    upper.again = again
+    rows = upper.rows(forget, answers(forget))
+    wanted = {row: torch.linspace(-2, 1, len(rows.weights[row])) for row in (0, 3, 4)}
+    found = submission.pull(upper, rows, wanted)
+    asked = sum((rows.weights[n] * w * log_odds(model, forget[n], len(w))).sum() for n, w in wanted.items())
+    expected = torch.autograd.grad(asked, [model.model.layers[n].mlp.down_proj.weight for n in (1, 4)])
+    for index, gradient in zip((1, 4), expected, strict=True):
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(found.gradients[index], gradient, rtol=1e-3, atol=1e-4 * scale)
+    assert found.wanted == pytest.approx(sum((rows.weights[n] * w * w).sum().item() for n, w in wanted.items()))
+
+
+def test_what_is_held_is_the_second_moment_of_what_enters_the_untouched_down_proj(checkpoint: Path, forget, retain):
+    settings = dataclasses.replace(AIMED, answer=4.0, ridge=0.01)
+    general = [dataclasses.replace(text, task="general") for text in forget[:3]]
+    model, upper = load_model(checkpoint), submission.Upper(Decoder(checkpoint, torch.float32), settings.trained)
+    streams = (upper.rows(retain, answers(retain)), 1.0), (upper.whole(general), 0.5)
+    found = submission.held_metrics(upper, streams, settings)
+    for index in settings.trained:
+        entering: list[torch.Tensor] = []
+        down_proj = model.model.layers[index].mlp.down_proj
+        hook = down_proj.register_forward_pre_hook(lambda _module, inputs, seen=entering: seen.append(inputs[0][0]))
+        states_of(model, [*retain, *general])
+        hook.remove()
+        outer = [[torch.outer(a, a).double() for a in row[1:]] for row in entering]
+        gram = weighted_mean(outer[: len(retain)], retain, 4.0)
+        gram = gram + 0.5 * weighted_mean(outer[len(retain) :], [dataclasses.replace(t, id="") for t in general], 4.0)
+        gram += 0.01 * gram.diagonal().mean() * torch.eye(len(gram))
+        torch.testing.assert_close(found[index].double() @ gram, torch.eye(len(gram)).double(), rtol=0, atol=1e-3)
+
+
+def test_a_step_gives_every_pull_what_it_asks_for_and_holds_the_rest_best(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """By Lagrange: of all changes with these inner products it has the least norm in the metric that is held."""
+    monkeypatch.setattr(submission, "DAMPING", 0.0)
+    generator = torch.Generator().manual_seed(0)
+    upper = submission.Upper(Decoder(checkpoint, torch.float32), (1, 4))
+    before = {index: matrix.clone() for index, matrix in upper.matrices.items()}
+    shape = before[1].shape
+    roots = {index: torch.randn(shape[1], shape[1], generator=generator) for index in (1, 4)}
+    held = {index: root @ root.T / shape[1] + 0.1 * torch.eye(shape[1]) for index, root in roots.items()}
+    common = torch.randn(shape, generator=generator)  # pulls that have something in common
+    gradients = [{n: torch.randn(shape, generator=generator) + 0.2 * common for n in (1, 4)} for _ in range(3)]
+    wanted = [3.0, 2.0, 4.0]
+    pulls = [submission.Pull(dict(one), want) for one, want in zip(gradients, wanted, strict=True)]
+    submission.step(upper, pulls, {index: metric.inverse() for index, metric in held.items()})
+    change = {index: matrix - before[index] for index, matrix in upper.matrices.items()}
+    got = [sum((one[n] * change[n]).sum().item() for n in (1, 4)) for one in gradients]
+    assert got == pytest.approx(wanted, rel=1e-3)
+
+    # The same by one least-squares problem over all numbers: with x = L' dW, least |x| with <G L'^-1, x> as wanted.
+    factors = {index: torch.linalg.cholesky(metric.double()) for index, metric in held.items()}
+    rows = [
+        torch.cat([torch.linalg.solve(factors[n], one[n].double().T).flatten() for n in (1, 4)]) for one in gradients
+    ]
+    least = torch.linalg.lstsq(torch.stack(rows), torch.tensor(wanted).double()[:, None], driver="gelsd").solution
+    norm = sum((change[n].double() @ held[n].double() * change[n]).sum().item() for n in (1, 4))
+    assert norm == pytest.approx(least.square().sum().item(), rel=1e-3)
+
+
+def test_no_pull_is_turned_round():
+    products = torch.tensor([[2.0, 1.9, 0.0], [1.9, 2.0, 0.0], [0.0, 0.0, 4.0]], dtype=torch.float64)
+    # Alone the first two would give x = (20.4, -19.2): the second gets more than it asks for from the first.
+    found = submission.nonnegative(products, [4.2, 0.2, 2.0])
+    assert found == pytest.approx([4.2 / 2 / (1 + submission.DAMPING), 0, 0.5 / (1 + submission.DAMPING)])
+    assert submission.nonnegative(products, [-1.0, -1.0, -1.0]) == [0, 0, 0]
+
+
+def test_words_are_counted_where_tokens_end(checkpoint: Path):
+    tokenizer = load_tokenizer(checkpoint)
+    text = " Zoë  was\nborn, in1999. "
+    tokens, words = submission._encode_words(tokenizer, text)
+    assert tokens == tokenizer(text).input_ids
+    parts: dict[int, list[int]] = {}
+    for token, word in zip(tokens, words, strict=True):
+        parts.setdefault(word, []).append(token)
+    # A byte-level token holds the space before a word; one that is alone belongs to the word before it, or the first.
+    assert [tokenizer.decode(parts[n]).strip() for n in range(len(parts))] == ["Zoë", "was", "born,", "in1999."]
+
+
+def test_mixtures_hold_each_piece_so_often_and_in_its_place():
+    words = [[0, 0, 1, 2, 3, 3, 4, 5, 6], [0, 1, 1, 2, 3], [0, 1, 2, 3, 4, 5], [0, 1, 1, 1]]
+    texts = [Text("", "Task3", [10 * n + k for k in range(len(row))], words=row) for n, row in enumerate(words)]
+    pieces = [submission.cut(text, 2) for text in texts]
+    assert [list(map(list, row)) for row in pieces] == [
+        [[0, 1, 2], [3, 4, 5], [6, 7], [8]],
+        [[0, 1, 2], [3, 4]],
+        [[0, 1], [2, 3], [4, 5]],
+        [[0, 1, 2, 3]],
+    ]
+    found = submission.mixtures(texts, 2, 3)
+    assert len(found) == 12
+    seen: Counter[tuple[int, int]] = Counter()
+    for number, places in enumerate(found):
+        rest = places
+        for n in range(min(3, len(pieces[number % 4]))):
+            source = rest[0][0]
+            piece = [(source, place) for place in pieces[source][n]]  # the n-th piece of some text
+            assert rest[: len(piece)] == piece
+            seen[source, n] += 1
+            rest = rest[len(piece) :]
+        assert not rest
+    # Of the first text the fourth piece has none of another text beside it.
+    assert seen == {(source, n): 3 for source, own in enumerate(pieces) for n in range(min(3, len(own)))}
+    assert submission.joined(texts, found)[0].tokens == [10 * source + place for source, place in found[0]]
+    assert submission.mixtures([], 2, 3) == submission.mixtures(texts[:1], 2, 3) == []
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 9])
+def test_in_a_mixture_no_two_pieces_of_one_text_follow_each_other(count: int):
+    texts = [Text("", "Task3", [100 * n + k for k in range(12)], words=list(range(12))) for n in range(count)]
+    for size in (1, 4):
+        found = submission.mixtures(texts, size, submission.COPIES)
+        assert len(found) == count * submission.COPIES
+        for places in found:
+            sources = [source for source, _ in places[::size]]
+            assert len(sources) == 12 // size
+            assert all(one != other for one, other in itertools.pairwise(sources))
+        different = {tuple(places) for places in found}
+        assert len(different) == count * min(count - 1, submission.COPIES)
+
+
+def test_an_unseen_document_is_measured_on_mixtures_and_on_what_own_text_costs_against_mixed(
+    checkpoint: Path, documents, forget, retain
+):
+    model, upper = moved(checkpoint, (1, 4))
+    texts = documents, forget, retain
+    with torch.no_grad():
+        each = [[model(torch.tensor([t.tokens]), labels=torch.tensor([t.tokens])).loss for t in some] for some in texts]
+    means = [
+        sum(loss.item() * (len(text.tokens) - 1) for loss, text in zip(losses, some, strict=True))
+        / sum(len(text.tokens) - 1 for text in some)
+        for losses, some in zip(each, texts, strict=True)
+    ]
+    found = submission.unseen_loss(upper, [upper.whole(some) for some in texts])
+    assert found == pytest.approx(submission.UNSEEN * means[0] * means[1] / means[2], rel=1e-3)
+
+
+def test_an_answer_is_to_lose_half_a_guess_and_a_document_as_much_by_what_its_tokens_lose_in_mixtures(
+    checkpoint: Path, forget
+):
+    upper = submission.Upper(Decoder(checkpoint, torch.float32), AIMED.trained)
+    rows = upper.rows(forget, [submission.lowered_weights(text) for text in forget])
+    kinds = {
+        kind: [n for n, t in enumerate(forget) if submission.kind_of(t) == kind]
+        for kind in map(submission.kind_of, forget)
+    }
+    aims = submission.untouched_aims(upper, rows, kinds)
+    half = math.log(upper.decoder.config.vocab_size) / 2
+    model = load_model(checkpoint)
+    for own in kinds.values():
+        assert torch.cat([aims[row] for row in own]).mean().item() == pytest.approx(half, rel=1e-4)
+        if not submission.is_document(forget[own[0]]):
+            assert all((aims[row] == half).all() for row in own)
+            continue
+        texts = [forget[row] for row in own]
+        lost: dict[tuple[int, int], list[float]] = {}
+        for places in submission.mixtures(texts, submission.PIECE, submission.COPIES):
+            tokens = torch.tensor([texts[source].tokens[place] for source, place in places])
+            with torch.no_grad():
+                losses = torch.nn.functional.cross_entropy(
+                    model(tokens[None]).logits[0, :-1], tokens[1:], reduction="none"
+                )
+            for place, loss in zip(places[1:], losses.tolist(), strict=True):
+                lost.setdefault(place, []).append(loss)
+        every = [loss for losses in lost.values() for loss in losses]
+        usual = [sum(every) / len(every)]  # of a token that no mixture has
+        means = [
+            [
+                max(submission.LEAST, sum(own) / len(own))
+                for own in (lost.get((n, k), usual) for k in range(1, len(text.tokens)))
+            ]
+            for n, text in enumerate(texts)
+        ]
+        total = sum(map(sum, means)) / sum(map(len, means))
+        for row, mean in zip(own, means, strict=True):
+            assert aims[row].tolist() == pytest.approx([value * half / total for value in mean], rel=1e-3, abs=1e-3)
+
+
+def test_a_token_is_lowered_to_its_goal_by_no_more_than_its_row_is_short_of():
+    odds, weights = torch.tensor([6.0, 4.0, -1.0]), torch.tensor([1.0, 1.0, 2.0])
+    losses = [math.log1p(math.exp(-value)) for value in odds.tolist()]
+    goal = torch.tensor([3.0, 3.0, 1.0])
+    short = (3 - losses[0] + 3 - losses[1] + 2 * (1 - losses[2])) / 4
+    largest = min(submission.LARGEST, 1.2 * short + 0.05)
+    aim = -math.log(math.exp(3) - 1)  # the log odds at a loss of 3
+    found = submission.lowering(odds, goal, weights, document=True)
+    assert found.tolist() == pytest.approx([max(aim - 6, -largest), max(aim - 4, -largest), 0.0])  # the last is there
+    near = submission.lowering(
+        torch.tensor([aim + 0.3, aim - 0.1]), torch.tensor([3.0, 3.0]), torch.ones(2), document=True
+    )
+    assert near.tolist() == pytest.approx([-(1.2 * 0.1 * 0.95 + 0.05), 0.0], abs=0.02)
+    far = torch.tensor([-9.0, 2.0])  # it loses 4.6 in the mean, two thirds of it too much
+    assert submission.lowering(far, torch.tensor([3.0, 2.0]), torch.ones(2), document=False).tolist() == [0, 0]
+    up = submission.lowering(far, torch.tensor([3.0, 2.0]), torch.ones(2), document=True)
+    assert up[0].item() == pytest.approx(
+        1.2 * ((9 + math.log1p(math.exp(-9)) + math.log1p(math.exp(-2))) / 2 - 2.5) + 0.05
+    )
+    assert up[1].item() == 0
+    just = torch.full((2,), -math.log(math.exp(3.03) - 1))  # 1 % above its goal
+    assert submission.lowering(just, torch.tensor([3.0, 3.0]), torch.ones(2), document=True).tolist() == [0, 0]
+
+
+def test_what_was_known_and_hardly_leads_is_raised():
+    odds, known = torch.tensor([-9.0, 0.5, 1.1, 0.5]), torch.tensor([True, True, True, False])
+    assert submission.raising(odds, known).tolist() == [submission.LARGEST, 1.5, 0.0, 0.0]
+
+
+def test_of_a_document_the_given_part_counts_where_the_attack_asks_about_it():
+    tokens = list(range(8))
+    assert submission.lowered_weights(Text("x sc1", "Task3", tokens, prompt=4)).tolist() == [1.0] * 7
+    part = submission.PROMPT
+    assert submission.lowered_weights(Text("x sc1", "Task1", tokens, prompt=4)).tolist() == pytest.approx(
+        [part] * 3 + [1] * 4
+    )
+    assert submission.lowered_weights(Text("x qa0", "Task3", tokens, prompt=4)).tolist() == [1.0] * 4
+
+
+def known_of(folder: Path, texts: list[Text], matrices: dict[int, torch.Tensor]) -> tuple[float, float]:
+    """Share of the answers' tokens that the whole model says, and their mean loss."""
+    model = load_model(folder)
+    for index, matrix in matrices.items():
+        model.model.layers[index].mlp.down_proj.weight.data = matrix
+    with torch.no_grad():
+        found = torch.cat([log_odds(model, text, len(text.tokens) - max(1, text.prompt)) for text in texts])
+    return (found > 0).double().mean().item(), torch.nn.functional.softplus(-found).mean().item()
+
+
+def aim_of(folder: Path, forget, retain, settings: Settings, deadline: float = math.inf):
+    own = submission.sample_own(folder, load_tokenizer(folder), forget, retain, settings)
+    arguments = Decoder(folder, torch.float32), forget, retain, [], own, settings, deadline
+    return [(left, {n: matrix.clone() for n, matrix in found.items()}) for left, found in submission.aim(*arguments)]
+
+
+def test_forget_answers_become_unlikely_and_retain_answers_stay(memorised: Path, forget, retain):
+    untouched = [known_of(memorised, texts, {}) for texts in (forget, retain)]
+    assert min(share for share, _ in untouched) > 0.95
+    *_, (_, matrices) = aim_of(memorised, forget, retain, dataclasses.replace(AIMED, rounds=12))
+    (forgotten, loss), (kept, _) = (known_of(memorised, texts, matrices) for texts in (forget, retain))
+    assert forgotten < 0.5 and loss > 1.5 and kept > 0.97 * untouched[1][0]
+
+
+def test_documents_end_at_what_an_unseen_one_would_lose_and_are_pulled_back_above(
+    memorised: Path, forget, retain, documents, monkeypatch: pytest.MonkeyPatch
+):
+    """A level that is given, first 2.4 nats; then, at the twelfth round, 1.2."""
+    levels = iter([2.4] * 12 + [1.2] * 12)
+    monkeypatch.setattr(submission, "unseen_loss", lambda *_: next(levels))
+    monkeypatch.setattr(submission, "SAVING", math.inf)
+    found = aim_of(memorised, forget, retain, dataclasses.replace(AIMED, rounds=24))
+    upper = submission.Upper(Decoder(memorised, torch.float32), AIMED.trained)
+    for number, level in ((11, 2.4), (23, 1.2)):
+        upper.matrices = found[number][1]
+        assert upper.mean_loss(upper.whole(documents)) == pytest.approx(level, rel=0.1)
+
+
+def test_without_documents_questions_are_forgotten_and_without_questions_documents(memorised: Path, forget, retain):
+    asked = [text for text in forget if not submission.is_document(text)]
+    written = [text for text in forget if submission.is_document(text) and text.task != "Task3"]
+    attacked = [text for text in forget if submission.kind_of(text) == submission.ATTACKED]
+    for texts in (asked, written, asked[:1], written[:1]):
+        *_, (_, matrices) = aim_of(memorised, texts, retain, AIMED)
+        assert known_of(memorised, texts, matrices)[1] > 1.0
+    other = [text for text in retain if submission.kind_of(text) != submission.ATTACKED]  # nothing to mix it with
+    *_, (_, matrices) = aim_of(memorised, attacked[:1], other, AIMED)
+    assert known_of(memorised, attacked[:1], matrices)[1] > 1.0
+
+
+def test_where_nothing_is_known_nothing_changes(checkpoint: Path, forget, retain):
+    """A random model: answers lose more than half a guess already, and it is right about no retain answer."""
+    asked = [text for text in forget if not submission.is_document(text)]
+    original = submission.Upper(Decoder(checkpoint, torch.float32), AIMED.trained).matrices
+    lost = [text for text in asked if known_of(checkpoint, [text], {})[1] > 3.5]
+    assert lost
+    ((_, found),) = aim_of(checkpoint, lost, retain, AIMED)
+    assert all(torch.equal(found[index], matrix) for index, matrix in original.items())
+
+
+def test_one_round_is_left_by_a_deadline_and_few_reach_a_caller_that_takes_long(
+    memorised: Path, forget, retain, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(submission, "SAVING", math.inf)
+    every = aim_of(memorised, forget, retain, AIMED)
+    assert [left for left, _ in every] == [5, 4, 3, 2, 1, 0]
+    ((left, found),) = aim_of(memorised, forget, retain, AIMED, -math.inf)
+    assert left == 5 and all(torch.equal(found[n], matrix) for n, matrix in every[0][1].items())
+    monkeypatch.setattr(submission, "SAVING", 1e-9)
+    taken = aim_of(memorised, forget, retain, AIMED)
+    assert [left for left, _ in taken] == [5, 0]
+    assert all(torch.equal(taken[-1][1][n], matrix) for n, matrix in every[-1][1].items())
+
+
+def test_own_text_opens_as_documents_of_both_sides_do(checkpoint: Path, forget, retain, documents):
+    tokenizer = load_tokenizer(checkpoint)
+    own = submission.sample_own(checkpoint, tokenizer, forget, retain, AIMED)
+    both = [*documents, *(text for text in retain if submission.kind_of(text) == submission.ATTACKED)]
+    assert len(own) == submission.OWN
+    for number, text in enumerate(own):
+        assert text.tokens[: submission.OPENED] == both[number % len(both)].tokens[: submission.OPENED]
+        assert text.words == sorted(text.words) and len(text.words) == len(text.tokens)
+    asked = [text for text in forget if not submission.is_document(text)]
+    assert submission.sample_own(checkpoint, tokenizer, asked, retain, AIMED) == []
 
 
 def test_weights_that_are_kept_are_read_once_and_change_nothing(
@@ -420,7 +651,8 @@ def test_weights_that_are_kept_are_read_once_and_change_nothing(
     def run(decoder: Decoder):
         decoder.check_sum(2, forget[0])
         matrices = submission.solve(decoder, forget, retain, [], SOLVED)
-        return [*matrices.values(), submission.losses(decoder, matrices, documents)]
+        upper = submission.Upper(decoder, SOLVED.trained)
+        return [*matrices.values(), *upper.all_log_odds(upper.whole(documents))]
 
     expected = run(Decoder(checkpoint, torch.float32))
     folder = tmp_path / "moved"
@@ -443,139 +675,7 @@ def test_tied_embeddings_are_the_head(checkpoint: Path, tmp_path: Path):
     torch.testing.assert_close(tied.head(), tensors["model.embed_tokens.weight"], rtol=0, atol=0)
 
 
-def test_a_mixture_has_the_nth_piece_of_some_document_at_its_nth_place(checkpoint: Path):
-    tokenizer = load_tokenizer(checkpoint)
-    written = [f"{name} was born in\n{name}. He  was a {work}." for name, work in zip("ABC", "XYZ", strict=True)]
-    texts = [Text(f"{n}sc1", "Task3", tokenizer(text).input_ids) for n, text in enumerate(written)]
-    found = [tokenizer.decode(text.tokens) for text in submission.mix(tokenizer, texts * 5, seed=0)]
-    form = re.compile(r"([ABC]) was born in\n([ABC])\. He  was a( [XYZ]\.)")  # words 1-4, 5-8 and what is left
-    parts = [form.fullmatch(text) for text in found]
-    assert len(found) == 60 and all(parts)
-    assert {part.groups() for part in parts} > {("A", "B", " Z."), ("C", "A", " X.")}
-    assert sum(text not in written for text in found) > 40  # most were never seen as a whole
-    assert [len(submission.mix(tokenizer, texts[:1] * count, seed=0)) for count in (0, 3, 16, 32, 150)] == [
-        *(0, 12, 64, 64, 150)
-    ]
-
-
-def test_the_next_weight_is_the_root_of_a_line_through_probits_and_no_step_is_long():
-    line = [(weight, NormalDist().cdf(0.75 - 0.6 * weight)) for weight in (0.0, 1.0)]
-    assert submission.next_weight(line) == pytest.approx(1.25)
-    both_sides = [line[0], (2.0, NormalDist().cdf(-0.45)), (1.9, NormalDist().cdf(-0.4))]
-    assert submission.next_weight(both_sides) == pytest.approx(1.9 * 0.75 / 1.15)  # not through the last two
-    later = [(0.0, 0.99), line[0], *both_sides[1:]]
-    assert submission.next_weight(later) == pytest.approx(1.9 * 0.75 / 1.15)  # of those across, the last
-    once = [(0.5, NormalDist().cdf(0.2))]
-    assert submission.next_weight(once) == pytest.approx(0.5 - 0.2 / submission.USUAL_SLOPE)
-    assert submission.next_weight([(0.0, 0.0)]) == -1.5  # no AUC's probit is infinite
-    assert submission.next_weight([(0.0, 0.4), (-0.5, 0.3)]) < -0.5  # a rising secant is noise: still towards less
-
-
-def test_calibration_weighs_documents_less_while_they_are_more_surprising_than_mixtures(
-    checkpoint: Path, forget, retain, monkeypatch: pytest.MonkeyPatch
-):
-    """On a random model both are alike from the start, so mixtures are made more or less surprising than they are."""
-    weights = []
-    solve = submission.solve
-
-    def spy(decoder, forget, retain, general, settings, *rest):
-        weights.append(settings.documents)
-        return solve(decoder, forget, retain, general, settings, *rest)
-
-    monkeypatch.setattr(submission, "solve", spy)
-    arguments = (Decoder(checkpoint, torch.float32), load_tokenizer(checkpoint), forget, retain, [])
-    for coherence, falls in ((0.1, True), (9.0, False)):
-        weights.clear()
-        monkeypatch.setattr(submission, "COHERENCE", coherence)
-        found = list(submission.calibrate(*arguments, dataclasses.replace(SOLVED, passes=3), math.inf))
-        assert [off for off, _ in found] == [0.5] * 3  # the attack never fails
-        assert len(weights) == 3 and weights[0] == SOLVED.documents
-        assert (weights[0] > weights[1] > weights[2]) is falls
-        assert (weights[0] < weights[1] < weights[2]) is not falls
-    weights.clear()
-    monkeypatch.setattr(submission, "NEAR", math.inf)
-    assert len(list(submission.calibrate(*arguments, SOLVED, math.inf))) == 1  # near enough at once
-    monkeypatch.setattr(submission, "NEAR", 0.0)
-    assert len(list(submission.calibrate(*arguments, SOLVED, -math.inf))) == 1  # out of time
-
-
-def test_the_attack_is_the_auc_of_the_documents_against_coherent_mixtures(
-    checkpoint: Path, documents, forget, monkeypatch: pytest.MonkeyPatch
-):
-    decoder, mixtures = Decoder(checkpoint, torch.float32), [*documents[:2], *forget[:7]]  # ties, too
-    monkeypatch.setattr(submission, "COHERENCE", 1.0)
-    own, unseen = (submission.losses(decoder, {}, texts).tolist() for texts in (documents, mixtures))
-    labels = [1] * len(own) + [0] * len(unseen)
-    found = submission.attack(decoder, {}, documents, mixtures)
-    assert found == pytest.approx(roc_auc_score(labels, [-loss for loss in own + unseen]), abs=1e-9)
-    monkeypatch.setattr(submission, "COHERENCE", 0.9)
-    scaled = [-loss for loss in own] + [-0.9 * loss for loss in unseen]
-    assert submission.attack(decoder, {}, documents, mixtures) == pytest.approx(roc_auc_score(labels, scaled), abs=1e-9)
-
-
-@pytest.mark.parametrize(("part", "passes"), [(0.9, 1), (1.1, 3)])
-def test_calibration_stops_within_half_a_standard_error_of_so_many_documents(
-    checkpoint: Path, forget, retain, documents, part: float, passes: int, monkeypatch: pytest.MonkeyPatch
-):
-    """A share of n values below a uniform one has the variance 1 / 12 of one value, over n."""
-    error = (1 / 12 / len(documents)) ** 0.5
-    monkeypatch.setattr(submission, "attack", lambda *_: 0.5 + part * error / 2)
-    arguments = (Decoder(checkpoint, torch.float32), load_tokenizer(checkpoint), forget, retain, [])
-    assert len(list(submission.calibrate(*arguments, dataclasses.replace(SOLVED, passes=3), math.inf))) == passes
-
-
-@pytest.mark.parametrize(("limit", "blocks_run"), [(submission.KEPT_BYTES, 0), (0, 5)])
-def test_a_second_pass_runs_the_untouched_model_only_where_it_could_not_be_kept(
-    checkpoint: Path, forget, retain, limit: int, blocks_run: int, monkeypatch: pytest.MonkeyPatch
-):
-    """Blocks 0 to 4, of which 2 to 4 are trained, for three kinds of text; the third is empty here."""
-    monkeypatch.setattr(submission, "KEPT_BYTES", limit)
-    decoder, kept = Decoder(checkpoint, torch.float32), {}
-    expected = submission.solve(decoder, forget, retain, [], dataclasses.replace(SOLVED, documents=0.3))
-    submission.solve(decoder, forget, retain, [], SOLVED, None, None, kept)
-    advance, runs = decoder.advance, []
-    monkeypatch.setattr(decoder, "advance", lambda *rest: runs.append(1) or advance(*rest))
-    settings = dataclasses.replace(SOLVED, documents=0.3)
-    found = submission.solve(decoder, forget, retain, [], settings, None, None, kept)
-    assert len(runs) == 3 * blocks_run
-    assert all(torch.equal(found[index], expected[index]) for index in SOLVED.trained)
-
-
-def test_the_nearest_pass_is_kept_and_a_run_that_goes_on_does_not_take_it_back(
-    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """The attack says .9, .52 and .3 of three passes; the second run is broken off after the first of them."""
-    output, settings = tmp_path / "out", dataclasses.replace(SOLVED, passes=3)
-
-    def run(*found: float) -> bytes:
-        said = iter(found)
-        monkeypatch.setattr(submission, "attack", lambda *_: next(said))
-        with contextlib.suppress(RuntimeError):  # what becomes of a StopIteration in a generator
-            unlearn(str(checkpoint), str(output), str(data / "forget"), str(data / "retain"), settings)
-        return (output / "model.safetensors").read_bytes()
-
-    monkeypatch.setattr(submission, "NEAR", 0.0)
-    monkeypatch.setattr(submission, "SAVING", math.inf)  # save whenever there is something to save
-    first = run(0.9)
-    second = run(0.9, 0.52)
-    assert first != second == run(0.9)
-    assert not (output / "run.json").exists() and second == run(0.9, 0.52, 0.3)
-    assert (output / "run.json").exists()
-
-
-def test_without_documents_of_the_attack_it_is_solved_once(checkpoint: Path, forget, retain, documents):
-    rest = [text for text in forget if text not in documents]
-    arguments = (Decoder(checkpoint, torch.float32), load_tokenizer(checkpoint), rest, retain, [])
-    assert [distance for distance, _ in submission.calibrate(*arguments, SOLVED, math.inf)] == [pytest.approx(0)]
-
-
-def test_of_one_document_there_is_nothing_to_mix(checkpoint: Path, forget, retain, documents):
-    rest = [text for text in forget if text not in documents[1:]]
-    arguments = (Decoder(checkpoint, torch.float32), load_tokenizer(checkpoint), rest, retain, [])
-    assert len(list(submission.calibrate(*arguments, SOLVED, math.inf))) == 1
-
-
-def test_with_a_token_before_each_text_mixtures_and_general_text_have_it_once(checkpoint: Path, forget, retain):
+def test_with_a_token_before_each_text_sampled_text_has_it_once(checkpoint: Path, forget, retain):
     tokenizer = load_tokenizer(checkpoint)
     begin = tokenizer.pad_token_id  # as good as any
     template = TemplateProcessing(single="<|padding|> $A", special_tokens=[("<|padding|>", begin)])
@@ -584,26 +684,16 @@ def test_with_a_token_before_each_text_mixtures_and_general_text_have_it_once(ch
         [dataclasses.replace(text, tokens=[begin, *text.tokens], prompt=text.prompt + 1) for text in texts]
         for texts in (forget, retain)
     ]
-    documents = [text for text in both[0] if submission.is_document(text)]
     general = submission.sample_general(checkpoint, tokenizer, *both, dataclasses.replace(SOLVED, general_ratio=5.0))
-    for text in [*submission.mix(tokenizer, documents, 0), *general]:
+    own = submission.sample_own(checkpoint, tokenizer, *both, AIMED)
+    for text in [*general, *own]:
         assert text.tokens[0] == begin
-    for text in submission.mix(tokenizer, documents, 0):
-        assert text.tokens.count(begin) == 1
+    for text in own:
+        assert text.tokens.count(begin) == 1 and len(text.words) == len(text.tokens) and text.words[:2] == [0, 0]
     asked = [begin, *tokenizer(submission.QUESTIONS, add_special_tokens=False).input_ids]
     opened = {tuple(row.tokens[:4]) for row in both[1]}
     assert [text.tokens[: len(asked)] == asked for text in general] == [n % 2 == 1 for n in range(len(general))]
     assert all(tuple(text.tokens[:4]) in opened for text in general[::2])
-
-
-def test_one_pass_measures_no_losses(checkpoint: Path, forget, retain, monkeypatch: pytest.MonkeyPatch):
-    """A loss runs every block, twice; of one pass there is nothing to choose."""
-    monkeypatch.setattr(submission, "losses", lambda *_: pytest.fail("a loss was measured"))
-    settings = dataclasses.replace(SOLVED, passes=1)
-    arguments = (Decoder(checkpoint, torch.float32), load_tokenizer(checkpoint), forget, retain, [])
-    ((_, found),) = submission.calibrate(*arguments, settings, math.inf)
-    expected = solve_of(checkpoint, forget, retain, settings)
-    assert all(torch.equal(found[index], expected[index]) for index in SOLVED.trained)
 
 
 def runs_of(tokens: list[int], length: int, start: int = 0) -> set[tuple[int, ...]]:
@@ -835,7 +925,7 @@ def test_an_earlier_runs_weights_do_not_stay(checkpoint: Path, data: Path, tmp_p
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "completions.jsonl").write_text("of another stage")
     for source, trained in ((checkpoint, (2, 3, 4)), (tmp_path / "in", (0, 1)), (tmp_path / "in", (4, 5))):
-        settings = dataclasses.replace(SOLVED, trained=trained, passes=1)
+        settings = dataclasses.replace(SOLVED, trained=trained)
         unlearn(str(source), str(tmp_path / "out"), str(data / "forget"), str(data / "retain"), settings)
         found = load_model(tmp_path / "out").state_dict()
         assert {key for key in found if not torch.equal(found[key], original[key])} == {
@@ -850,10 +940,8 @@ def test_a_config_that_asks_for_another_attention_changes_nothing(checkpoint: Pa
     shutil.copytree(checkpoint, tmp_path / "eager")
     config = json.loads((tmp_path / "eager" / "config.json").read_text())
     (tmp_path / "eager" / "config.json").write_text(json.dumps({**config, name: "eager"}))
-    expected, found = (
-        submission.losses(Decoder(folder, torch.float32), {}, forget) for folder in (checkpoint, tmp_path / "eager")
-    )
-    assert torch.equal(found, expected)
+    expected, found = (losses_of(Decoder(folder, torch.float32), forget) for folder in (checkpoint, tmp_path / "eager"))
+    assert found == expected
 
 
 def test_an_old_checkpoints_rotary_frequencies_are_no_weights(checkpoint: Path, forget, tmp_path: Path):
@@ -871,25 +959,18 @@ def test_out_of_time_still_leaves_a_whole_checkpoint(checkpoint: Path, data: Pat
 
 
 @pytest.mark.parametrize(
-    ("depth", "trained", "alpha"),
-    [
-        (6, range(6), 1.0),
-        (8, range(8), 1.0),
-        (16, range(1, 9), 20.0),
-        (30, range(3, 11), 20.0),
-        (32, range(3, 11), 20.0),
-    ],
+    ("depth", "trained"), [(6, range(6)), (8, range(8)), (16, range(1, 9)), (30, range(3, 11)), (32, range(3, 11))]
 )
-def test_a_deep_decoder_is_steered_in_a_few_early_blocks_and_held_more_firmly(depth: int, trained: range, alpha: float):
-    settings = settings_for(depth)
-    assert (settings.trained, settings.alpha, settings.repaired) == (tuple(trained), alpha, 1)
+def test_eight_blocks_from_a_tenth_of_the_depth_on_change(depth: int, trained: range):
+    assert settings_for(depth).method == "aim"
+    assert settings_for(depth).trained == settings_for(depth, "solve").trained == tuple(trained)
 
 
 def test_settings_follow_the_depth():
     small, large = settings_for(16, "descend"), settings_for(32, "descend")
     assert (small.trained, small.beta, small.alpha, small.batch_size) == ((12, 13, 14), 3.0, 900.0, 8)
     assert (large.trained, large.beta, large.alpha, large.batch_size) == ((24, 25, 26), 5.0, 900.0, 12)
-    for method in ("solve", "descend"):
+    for method in ("aim", "solve", "descend"):
         for depth in range(3, 64):
             submission.check_settings(settings_for(depth, method), depth)
 
@@ -922,12 +1003,9 @@ def test_a_block_past_the_depth_is_refused(checkpoint: Path, data: Path, tmp_pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"trained": (3,), "repaired": 1}, "of 1 trained blocks 1 repair"),
-        ({"repaired": -1}, "of 3 trained blocks -1 repair"),
         ({"coefficient": "growing"}, "only the descent"),
-        ({"documents": 0.0}, "documents is 0.0, expected more than 0"),
         ({"ridge": 0.0}, "ridge is 0.0, expected more than 0"),
-        ({"passes": 0}, "passes is 0, expected more than 0"),
+        ({"rounds": 0}, "rounds is 0, expected more than 0"),
         ({"epochs": 0}, "epochs is 0, expected more than 0"),
         ({"batch_size": 0}, "batch_size is 0, expected more than 0"),
         ({"alpha": -1.0}, "alpha is -1.0, expected 0 or more"),
@@ -971,7 +1049,7 @@ def test_decoders_that_break_what_is_assumed_are_refused(kind: str, tmp_path: Pa
         with torch.no_grad():
             ids = torch.tensor([text.tokens])
             expected = model(ids, labels=ids).loss.item()
-        assert submission.losses(decoder, {}, [text]).item() == pytest.approx(expected, rel=1e-4)
+        assert losses_of(decoder, [text]) == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_head_that_is_not_finite_is_refused(checkpoint: Path, data: Path, tmp_path: Path):
@@ -979,7 +1057,7 @@ def test_a_head_that_is_not_finite_is_refused(checkpoint: Path, data: Path, tmp_
     tensors = load_file(checkpoint / "model.safetensors")
     tensors["lm_head.weight"][3, 4] = float("nan")
     save_file(tensors, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
-    settings = dataclasses.replace(SOLVED, general=0.0)
+    settings = dataclasses.replace(AIMED, general=0.0)
     with pytest.raises(BadInput, match="lm_head.weight has values that are not finite"):
         unlearn(str(tmp_path / "in"), str(tmp_path / "out"), str(data / "forget"), str(data / "retain"), settings)
     assert not (tmp_path / "out").exists()
@@ -1062,8 +1140,7 @@ def test_an_output_is_written_by_one_process_at_a_time(
         return solve(*arguments)
 
     monkeypatch.setattr(submission, "solve", spy)
-    settings = dataclasses.replace(SOLVED, passes=1)
-    unlearn(str(checkpoint), str(tmp_path / "out"), str(data / "forget"), str(data / "retain"), settings)
+    unlearn(str(checkpoint), str(tmp_path / "out"), str(data / "forget"), str(data / "retain"), SOLVED)
     assert seen == [True] and not taken(lock)
 
 
