@@ -108,7 +108,7 @@ QUESTIONS = (
 )
 TRAINED = 8  # blocks in closed form
 LARGEST = 4.0  # nats by which a token's log odds are to change in one round
-OVERSHOT = 0.02  # a document whose loss is so much above its aim is pulled back
+OVERSHOT = 0.05  # a document whose loss is so much above its aim is pulled back
 PROMPT = 0.3  # weight of the given part of a document, where the attack does not ask for it
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 LEAD = 1.0  # nats by which the right token must lead: this runs in bfloat16, and other numerics say another near a tie
@@ -1028,14 +1028,17 @@ def untouched_aims(upper: Upper, rows: Rows, kinds: dict[tuple[str, str], list[i
 
 
 def lowering(odds: Tensor, goal: Tensor, weights: Tensor, document: bool) -> Tensor:
-    """Return by how much the log odds of a row's tokens are to change, from what they are and what each is to lose."""
-    short = ((goal - softplus(-odds)) * weights).sum() / weights.sum()
-    largest = min(LARGEST, 1.2 * abs(short.item()) + 0.05)
+    """Return by how much the log odds of a row's tokens are to change, from what they are and what each is to lose.
+
+    By no more than the row is short of in the mean, or little more. A document that loses too much is pulled back by
+    half of that: what was known comes back faster than the gradient says.
+    """
+    short = (((goal - softplus(-odds)) * weights).sum() / weights.sum()).item()
     change = -torch.log(torch.expm1(goal)) - odds  # ln p / (1 - p) at a loss of -ln p
     if short > 0:
-        return change.clamp(-largest, 0.0)
+        return change.clamp(-min(LARGEST, 1.2 * short + 0.05), 0.0)
     if document and -short > OVERSHOT * (goal * weights).sum() / weights.sum():
-        return change.clamp(0.0, largest)
+        return change.clamp(0.0, min(LARGEST, -short / 2))
     return torch.zeros_like(odds)
 
 
