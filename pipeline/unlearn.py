@@ -853,13 +853,19 @@ def held_metrics(upper: Upper, streams: Sequence[tuple[Rows, float]], settings: 
         if index in upper.matrices:
             width = upper.matrices[index].shape[1]
             gram = torch.zeros(width, width, dtype=torch.float64, device=upper.decoder.device)
-            for (entering, _), own, (_, weight) in zip(found, weights, streams, strict=True):
-                for rows in batches([len(row) for row in entering], 8192):
-                    a = torch.cat([entering[row] for row in rows]).float()
-                    add_outer(gram, a * (weight * torch.cat([own[row] for row in rows])).to(a.device)[:, None], a)
+            for number, (_, weight) in enumerate(streams):
+                add_rows(gram, found[number][0], [weight * row for row in weights[number]])
             metrics[index] = torch.cholesky_inverse(factor_of(gram, settings.ridge)).float()
         states = [leaving for _, leaving in found]
+        del found  # of 7B 7 GB: of the next block there will be as much
     return metrics
+
+
+def add_rows(gram: Tensor, entering: list[Tensor], weights: list[Tensor]) -> None:
+    """Add sum w a a' over rows, (tokens, intermediate) and (tokens,) each, to the lower triangle of `gram`."""
+    for rows in batches([len(row) for row in entering], 8192):
+        a = torch.cat([entering[row] for row in rows]).float()
+        add_outer(gram, a * torch.cat([weights[row] for row in rows]).to(a.device)[:, None], a)
 
 
 @dataclasses.dataclass
