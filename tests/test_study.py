@@ -91,7 +91,7 @@ def test_all_systems_are_compared_and_sorted_by_their_mean(draws: list[Path]):
     assert [line["strength"] for line in lines if line["system"] == "npo"] == ["tuned: x 4", "as published"]
     assert lines[1]["values"]["final"] == pytest.approx(OURS)
     rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
-    assert re.sub(r"\W+", " ", rows[1]).startswith(" Adaptive RMU ours 0 850 0 050 0 850 0 050")
+    assert re.sub(r"\W+", " ", rows[1]).startswith(" aimed steering ours 0 850 0 050 0 850 0 050")
     assert len(rows) == 6 and "not leaderboard numbers" in " ".join(table.split())
 
 
