@@ -213,9 +213,8 @@ def unlearn(
                     found = iter([(0.0, solve(decoder, forget, retain, general, settings, progress, inputs))])
             kept = progress.load("kept") if checkpoint.written() else {}
             lowest = kept["distance"].item() if kept else math.inf
-            # A later round is taken for the better one. To a target that grows from epoch to epoch losses do not
-            # compare: arXiv 2506.16548 submitted the last one.
-            last = settings.method == "aim" or settings.coefficient == "growing"
+            # To a target that grows from epoch to epoch losses do not compare: arXiv 2506.16548 submitted the last one.
+            last = settings.coefficient == "growing"
             for distance, matrices in found:
                 if distance < lowest or last:
                     lowest = distance

@@ -632,7 +632,9 @@ def test_one_round_is_left_by_a_deadline_and_few_reach_a_caller_that_takes_long(
     assert all(torch.equal(taken[-1][1][n], matrix) for n, matrix in every[-1][1].items())
 
 
-def test_own_text_opens_as_documents_of_both_sides_do(checkpoint: Path, forget, retain, documents):
+def test_own_text_opens_as_documents_of_both_sides_do(
+    checkpoint: Path, forget, retain, documents, monkeypatch: pytest.MonkeyPatch
+):
     tokenizer = load_tokenizer(checkpoint)
     own = submission.sample_own(checkpoint, tokenizer, forget, retain, AIMED)
     both = [*documents, *(text for text in retain if submission.kind_of(text) == submission.ATTACKED)]
@@ -640,6 +642,10 @@ def test_own_text_opens_as_documents_of_both_sides_do(checkpoint: Path, forget, 
     for number, text in enumerate(own):
         assert text.tokens[: submission.OPENED] == both[number % len(both)].tokens[: submission.OPENED]
         assert text.words == sorted(text.words) and len(text.words) == len(text.tokens)
+    monkeypatch.setattr(submission, "OWN_TEMPERATURE", 1e-4)  # then one opening has one continuation
+    cold = submission.sample_own(checkpoint, tokenizer, forget, retain, AIMED)
+    assert len({tuple(text.tokens) for text in cold}) < submission.OWN / 4  # but for ties in bfloat16
+    assert len({tuple(text.tokens) for text in own}) == submission.OWN
     asked = [text for text in forget if not submission.is_document(text)]
     assert submission.sample_own(checkpoint, tokenizer, asked, retain, AIMED) == []
 
