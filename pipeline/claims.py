@@ -253,8 +253,9 @@ def submission(study: Study, seed: int) -> dict[int, Tensor]:
     """Return what the submission changes; it draws nothing at random but the text that it samples from the model."""
     settings = dataclasses.replace(unlearn.settings_for(study.decoder.depth), seed=seed)
     forget, retain = study.texts["forget"], study.texts["retain"]
+    whole = unlearn.whole_model(study.folder, retain[-1])  # in the submission's precision
     general, own = (
-        sample(study.folder, study.tokenizer, forget, retain, settings)
+        sample(whole, study.tokenizer, forget, retain, settings)
         for sample in (unlearn.sample_general, unlearn.sample_own)
     )
     *_, (_, matrices) = unlearn.aim(study.decoder, forget, retain, general, own, settings, float("inf"))
@@ -967,7 +968,9 @@ def read_study(args: argparse.Namespace) -> Study:
     if decoder.depth <= FIRST:
         raise BadInput(f"{args.original}: {decoder.depth} blocks: there is no whole window of three")
     settings = unlearn.settings_for(decoder.depth)
-    general = unlearn.sample_general(args.original, tokenizer, texts["forget"], texts["retain"], settings)
+    whole = unlearn.whole_model(args.original, texts["retain"][-1])
+    general = unlearn.sample_general(whole, tokenizer, texts["forget"], texts["retain"], settings)
+    del whole
     untouched = measure(model, tokenizer, texts, subjects)
     for side in SIDES:
         if untouched[side] < 0.5:

@@ -20,9 +20,9 @@ changes, and other text pays for it. So what is submitted (`aim`, the default) k
 
       sum_l sum_held w ||dW_l a||^2 + ridge ||dW_l||^2,
 
-  and change the log odds of forget tokens, in a weighted sum for each kind of row, by so much. To first order that is
-  one linear solve (`step`), for the gradient of log odds in W_l is known; it is repeated, some rounds, as Gauss and
-  Newton do.
+  and change the log odds of forget tokens, in a weighted sum for each row, by so much. To first order that is one
+  linear solve (`step`), for the gradient of log odds in W_l is known; it is repeated, some rounds, as Gauss and Newton
+  do.
 - Held are the retain rows and text sampled from the model, which stands for all else that it knows
   (`sample_general`). Retain tokens that become doubtful all the same are raised in the same solve.
 - A document is to become as surprising as one never seen, and no more, for an attack by loss asks about that. No unseen
@@ -93,7 +93,7 @@ COPIES = 4  # mixtures that each piece of a document is in
 LEAST = 0.02  # nats that a token is to lose
 PIECE = 4  # words of a document that stay together in the mixtures that say which of them any document may have
 GRADIENT_TOKENS = 2048  # of a batch whose logits or gradients are taken
-DAMPING = 1e-3  # of the equations between the kinds of rows, as a part of their diagonal
+DAMPING = 0.01  # of the equations between rows, as a part of their diagonal
 ALIKE = 0.8  # the shortest row of a batch over the longest: padding is work
 STRIP = 256  # columns of a symmetric sum that are computed together
 NOVEL = 3  # words: so many in a row of a row that was memorised are not written again; see `continuations`
@@ -107,6 +107,7 @@ QUESTIONS = (
     "The following are multiple choice questions (with answers) about"  # the model goes on with subjects it knows
 )
 TRAINED = 8  # blocks in closed form
+PUSH = 1.5  # times what a row is short of in the mean: its tokens' log odds are to change by so much at most
 LARGEST = 4.0  # nats by which a token's log odds are to change in one round
 OVERSHOT = 0.05  # a document whose loss is so much above its aim is pulled back
 PROMPT = 0.3  # weight of the given part of a document, where the attack does not ask for it
@@ -131,7 +132,7 @@ class Settings:
     general: float = 1.5  # weight of general text, sampled from the model, against 1 for the retain rows
     general_ratio: float = 2.5  # tokens of general text for each retain token
     ridge: float = 1e-5  # added to the normal equations, as a part of their mean diagonal
-    rounds: int = 8  # of aimed steering, at most
+    rounds: int = 7  # of aimed steering, at most
     # descent
     learning_rate: float = 5e-5
     batch_size: int = 8  # rows of each side
@@ -198,16 +199,17 @@ def unlearn(
             if settings.method == "descend":
                 found = descend(decoder, forget, retain, settings, deadline, progress)
             else:
+                model = functools.cache(lambda: whole_model(Path(model_path), retain[-1]))
                 if not inputs_path:
-                    general = progress.texts("general") or sample_general(
-                        Path(model_path), tokenizer, forget, retain, settings
-                    )
+                    general = progress.texts("general") or sample_general(model(), tokenizer, forget, retain, settings)
                     progress.save("general", {str(n): torch.tensor(text.tokens) for n, text in enumerate(general)})
                 if settings.method == "aim":
                     own = [in_words(tokenizer, text) for text in progress.texts("own")] or sample_own(
-                        Path(model_path), tokenizer, forget, retain, settings
+                        model(), tokenizer, forget, retain, settings
                     )
                     progress.write("own", {str(n): torch.tensor(text.tokens) for n, text in enumerate(own)})
+                model.cache_clear()  # the whole model is not needed any more
+                if settings.method == "aim":
                     found = aim(decoder, forget, retain, general, own, settings, deadline, progress)
                 else:
                     found = iter([(0.0, solve(decoder, forget, retain, general, settings, progress, inputs))])
@@ -316,6 +318,10 @@ def check_settings(settings: Settings, depth: int) -> None:
             raise BadInput(f"block {block} is not in a model of {depth} blocks (0 to {depth - 1})")
     if not settings.trained or list(settings.trained) != sorted(set(settings.trained)):
         raise BadInput(f"the trained blocks must be in order and at least one, not {settings.trained}")
+    if settings.method == "aim":
+        for name in ("beta", "alpha", "coefficient"):
+            if getattr(settings, name) != getattr(Settings("aim", settings.trained), name):
+                raise BadInput(f"{name} is of RMU: aimed steering has none (--method solve or descend)")
     if settings.method != "descend" and settings.coefficient == "growing":
         raise BadInput("a growing coefficient follows a model in training: only the descent has one")
     for name in ("ridge", "rounds", "learning_rate", "batch_size", "epochs"):
@@ -802,16 +808,31 @@ class Upper:
         """Return a block with its original weights."""
         return self.blocks.get(index) or self.decoder.block(index)
 
-    def log_odds(self, rows: Rows, chosen: Sequence[int], weights: dict[int, Tensor]) -> list[Tensor]:
-        """Return ln p / (1 - p) of each token that counts in the chosen rows, (counted,) each; `weights`: down_proj."""
+    def log_odds(
+        self, rows: Rows, chosen: Sequence[int], weights: dict[int, Tensor], passed: "Passed | None" = None
+    ) -> list[Tensor]:
+        """Return ln p / (1 - p) of each token that counts in the chosen rows, (counted,) each; `weights`: down_proj.
+
+        In `passed` it puts what passes the blocks that change, for gradients to be taken.
+        """
 
         def run(index: int, hidden: Tensor) -> Tensor:
-            return self.decoder.run(self.block(index), hidden, weights.get(index))
+            block = self.block(index)
+            if passed is None or index not in self.matrices:
+                return self.decoder.run(block, hidden, weights.get(index))
+
+            def see(_module: Module, inputs: tuple[Tensor]) -> None:
+                passed.entering[index] = inputs[0].detach()
+
+            with block.mlp.down_proj.register_forward_pre_hook(see):
+                return self.decoder.run(block, hidden, weights[index])
 
         hidden = pad_sequence([rows.states[row] for row in chosen], batch_first=True)
         for index in range(self.first, self.decoder.depth):
             again: Any = functools.partial(checkpoint, run, use_reentrant=False) if self.again else run
             hidden = again(index, hidden)
+            if passed and index in self.matrices:
+                passed.leaving[index] = hidden if hidden.requires_grad else hidden.requires_grad_()
         counted = [len(rows.weights[row]) for row in chosen]
         tokens = [rows.texts[row].tokens for row in chosen]
         ends = zip(hidden, tokens, counted, strict=True)
@@ -868,48 +889,88 @@ def add_rows(gram: Tensor, entering: list[Tensor], weights: list[Tensor]) -> Non
 
 
 @dataclasses.dataclass
+class Passed:
+    """What passes the blocks that change, (rows, tokens, width) by block."""
+
+    entering: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # down_proj
+    leaving: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # the block
+
+
+@dataclasses.dataclass
 class Pull:
-    """What some rows ask for: by block the gradient of sum_t w_t wanted_t o_t, and sum_t w_t wanted_t^2."""
+    """What a row asks for: that sum_t w_t wanted_t o_t, of its tokens' log odds o, changes by sum_t w_t wanted_t^2.
 
-    gradients: dict[int, Tensor]
+    The gradient of that sum in W_l is sum_t g_t a_t', with g_t the gradient in what leaves the block at a token and a_t
+    what enters down_proj.
+    """
+
     wanted: float
+    gradients: dict[int, Tensor]  # g by block, (tokens, hidden)
+    entering: dict[int, Tensor]  # a by block, (tokens, intermediate)
 
 
-def pull(upper: Upper, rows: Rows, wanted: dict[int, Tensor]) -> Pull:
+def pulls_of(upper: Upper, rows: Rows, wanted: dict[int, Tensor]) -> list[Pull]:
     """Return what rows ask for; `wanted`, by row, is by how much each token's log odds are to change, (counted,)."""
-    weights = {
-        index: matrix.detach().to(upper.decoder.dtype).requires_grad_() for index, matrix in upper.matrices.items()
-    }
-    sums = {index: torch.zeros_like(matrix) for index, matrix in upper.matrices.items()}
+    weights = {index: matrix.to(upper.decoder.dtype) for index, matrix in upper.matrices.items()}
     asked = {row: rows.weights[row] * change for row, change in wanted.items()}
     chosen = list(wanted)
+    pulls = []
     for places in batches([len(rows.texts[row].tokens) for row in chosen], GRADIENT_TOKENS, ALIKE):
         batch = [chosen[place] for place in places]
-        found = zip(batch, upper.log_odds(rows, batch, weights), strict=True)
+        passed = Passed()
+        found = zip(batch, upper.log_odds(rows, batch, weights, passed), strict=True)
         total = torch.stack([(asked[row].to(odds.device) * odds).sum() for row, odds in found]).sum()
-        for index, gradient in zip(weights, torch.autograd.grad(total, list(weights.values())), strict=True):
-            sums[index] += gradient
-    squares = sum((asked[row] * change).sum().item() for row, change in wanted.items())
-    # Of 7B these are 180 MB a block: they wait outside the GPU.
-    return Pull({index: gradient.cpu() for index, gradient in sums.items()}, squares)
+        gradients = dict(zip(passed.leaving, torch.autograd.grad(total, list(passed.leaving.values())), strict=True))
+        for place, row in enumerate(batch):
+            own = slice(len(rows.texts[row].tokens))
+            # Of 7B these are 2.4 GB for every ten thousand tokens: they wait outside the GPU.
+            parts = ({n: part[place, own].cpu() for n, part in by.items()} for by in (gradients, passed.entering))
+            pulls.append(Pull((asked[row] * wanted[row]).sum().item(), *parts))
+    return pulls
 
 
+@torch.no_grad()
 def step(upper: Upper, pulls: list[Pull], metrics: dict[int, Tensor]) -> None:
     """Change the matrices so that all pulls together get what they ask for, and what is held moves least.
 
     With G_k,l the gradients of pull k at block l and P_l the inverse metric, changes dW_l = sum_k x_k G_k,l P_l do, to
-    first order, sum_k K_jk x_k of what pull j asks for, K_jk = sum_l <G_j,l, G_k,l P_l>.
+    first order, sum_k K_jk x_k of what pull j asks for, K_jk = sum_l <G_j,l, G_k,l P_l>: over tokens s of j and t of k,
+    sum_st (g_s . g_t) (a_s . P a_t). So no gradient is ever formed, which of 7B has 1.4 GB a pull.
     """
+    groups = list(batches([len(pull.entering[upper.first]) for pull in pulls], GRADIENT_TOKENS))
     products = torch.zeros(len(pulls), len(pulls), dtype=torch.float64)
     for index, metric in metrics.items():
-        gradients = torch.stack([one.gradients[index] for one in pulls]).to(metric.device)
-        changes = gradients @ metric
-        products += (gradients.flatten(1) @ changes.flatten(1).T).double().cpu()
-        for one, change in zip(pulls, changes, strict=True):
-            one.gradients[index] = change.cpu()  # in its place: of 7B all of them have some 20 GB
-    for one, factor in zip(pulls, nonnegative(products, [one.wanted for one in pulls]), strict=True):
-        for index, matrix in upper.matrices.items():
-            matrix += factor * one.gradients[index].to(matrix.device)
+        parts = []
+        for group in groups:
+            g, a = (
+                torch.cat([by[index].to(metric.device) for by in (getattr(pulls[n], name) for n in group)])
+                for name in ("gradients", "entering")
+            )
+            moved = (a.float() @ metric).to(a.dtype)
+            lengths = [len(pulls[n].entering[index]) for n in group]
+            for n, part in zip(group, torch.split(moved.cpu(), lengths), strict=True):
+                pulls[n].entering[index] = part  # P a in its place: a was needed here for the last time
+            parts.append((g, a, moved, owners(lengths, g)))
+        for first, (g, _, moved, own) in enumerate(parts):
+            for second, (other_g, other_a, _, other_own) in enumerate(parts[: first + 1]):
+                both = (g @ other_g.T) * (moved @ other_a.T)
+                found = ((own @ both).float() @ other_own.float().T).double().cpu()
+                rows, columns = torch.tensor(groups[first])[:, None], torch.tensor(groups[second])
+                products[rows, columns] += found
+                if second < first:
+                    products[columns[:, None], rows[:, 0]] += found.T
+    factors = nonnegative(products, [pull.wanted for pull in pulls])
+    for index, matrix in upper.matrices.items():
+        for group in groups:
+            g = torch.cat([factors[n] * pulls[n].gradients[index].to(matrix.device, torch.float32) for n in group])
+            moved = torch.cat([pulls[n].entering[index].to(matrix.device, torch.float32) for n in group])
+            matrix += g.T @ moved
+
+
+def owners(lengths: list[int], like: Tensor) -> Tensor:
+    """Return which rows tokens belong to, 1 where they do, (rows, tokens)."""
+    rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    return torch.nn.functional.one_hot(rows, len(lengths)).T.to(like)
 
 
 def nonnegative(products: Tensor, wanted: list[float]) -> list[float]:
@@ -943,18 +1004,16 @@ def aim(
     Each token of a forget row is to lose so much, in nats: half of what a guess among all tokens loses. Of documents
     only in the mean: their tokens are to lose more or less, by what the untouched model loses on them in `mixtures`,
     where the words before do not tell them, so that phrases which any document may have stay. And documents that the
-    attack asks about are to lose what an unseen one would (`unseen_loss`). A row that loses as much in the mean is left
-    alone, a document that loses more is pulled back. Tokens of retain answers that do not lead by `LEAD` any more are
-    raised in the same step.
+    attack asks about are to lose what an unseen one would (`unseen_loss`, found anew in every second round). A row that
+    loses as much in the mean is left alone, a document that loses more is pulled back. Tokens of retain answers that do
+    not lead by `LEAD` any more are raised in the same step. Each row has a factor of its own in it: some respond ten
+    times as much as others.
     """
     upper = Upper(decoder, settings.trained)
     lowered = upper.rows(forget, [lowered_weights(text) for text in forget])
     raised = upper.rows(retain, [torch.ones(len(text.tokens) - max(1, text.prompt)) for text in retain])
     metrics = held_metrics(upper, ((raised, 1.0), (upper.whole(general), settings.general)), settings)
     kinds = {kind: [row for row, text in enumerate(forget) if kind_of(text) == kind] for kind in map(kind_of, forget)}
-    held_kinds = {
-        kind: [row for row, text in enumerate(retain) if kind_of(text) == kind] for kind in map(kind_of, retain)
-    }
     aims = untouched_aims(upper, lowered, kinds)
     known = [odds > 0 for odds in upper.all_log_odds(raised)]
     attacked = attacked_kind(forget)
@@ -965,6 +1024,7 @@ def aim(
 
     saved = progress.load("rounds") if progress else {}
     done = int(saved.pop("done")) if saved else 0
+    level = saved.pop("level").item() if saved else 0.0
     for index, matrix in saved.items():
         upper.matrices[int(index)].copy_(matrix)
     if done >= settings.rounds:  # killed after the last one
@@ -973,8 +1033,10 @@ def aim(
     for number in tqdm(range(done, settings.rounds), desc="rounds", mininterval=2):
         begun = time.monotonic()
         goals = list(aims)
-        if attacked and estimated:
-            factor = unseen_loss(upper, unseen) / torch.cat([aims[row] for row in kinds[attacked]]).mean().item()
+        if attacked and estimated and number % 2:  # it takes as long as the rest of a round, and changes slowly
+            level = unseen_loss(upper, unseen)
+        if attacked and level:
+            factor = level / torch.cat([aims[row] for row in kinds[attacked]]).mean().item()
             for row in kinds[attacked]:
                 goals[row] = factor * aims[row]
         wanted = [
@@ -984,19 +1046,17 @@ def aim(
             )
         ]
         again = [raising(*pair) for pair in zip(upper.all_log_odds(raised), known, strict=True)]
-        asking = [(lowered, {row: wanted[row] for row in rows}) for rows in kinds.values()]
-        asking += [(raised, {row: again[row] for row in rows}) for rows in held_kinds.values()]
         pulls = []
-        for rows, changes in asking:
-            if changes := {row: change for row, change in changes.items() if change.any()}:
-                pulls.append(pull(upper, rows, changes))
+        for rows, changes in ((lowered, wanted), (raised, again)):
+            pulls += pulls_of(upper, rows, {row: change for row, change in enumerate(changes) if change.any()})
         if pulls:
             step(upper, pulls, metrics)
         if not all(matrix.isfinite().all() for matrix in upper.matrices.values()):
             raise BadInput(f"the changes are not finite: the ridge {settings.ridge} is out of range")
         if progress:
             state = {str(index): matrix for index, matrix in upper.matrices.items()}
-            progress.save("rounds", state | {"done": torch.tensor(number + 1)})
+            state |= {"done": torch.tensor(number + 1), "level": torch.tensor(level, dtype=torch.float64)}
+            progress.save("rounds", state)
         given = time.monotonic()
         longest = max(longest, given - begun)
         last = not pulls or number + 1 == settings.rounds or given + longest > deadline
@@ -1035,15 +1095,14 @@ def untouched_aims(upper: Upper, rows: Rows, kinds: dict[tuple[str, str], list[i
 def lowering(odds: Tensor, goal: Tensor, weights: Tensor, document: bool) -> Tensor:
     """Return by how much the log odds of a row's tokens are to change, from what they are and what each is to lose.
 
-    By no more than the row is short of in the mean, or little more. A document that loses too much is pulled back by
-    half of that: what was known comes back faster than the gradient says.
+    By little more than the row is short of in the mean. A document that loses too much is pulled back by as much.
     """
     short = (((goal - softplus(-odds)) * weights).sum() / weights.sum()).item()
     change = -torch.log(torch.expm1(goal)) - odds  # ln p / (1 - p) at a loss of -ln p
     if short > 0:
-        return change.clamp(-min(LARGEST, 1.2 * short + 0.05), 0.0)
+        return change.clamp(-min(LARGEST, PUSH * short + 0.05), 0.0)
     if document and -short > OVERSHOT * (goal * weights).sum() / weights.sum():
-        return change.clamp(0.0, min(LARGEST, -short / 2))
+        return change.clamp(0.0, min(LARGEST, -short))
     return torch.zeros_like(odds)
 
 
@@ -1130,7 +1189,7 @@ def cut(text: Text, size: int) -> list[range]:
 
 @torch.no_grad()
 def sample_general(
-    folder: Path, tokenizer: Any, forget: list[Text], retain: list[Text], settings: Settings
+    model: Any, tokenizer: Any, forget: list[Text], retain: list[Text], settings: Settings
 ) -> list[Text]:
     """Return text that the model itself writes, half of it opened as a retain row is, half as MMLU's prompts are.
 
@@ -1154,12 +1213,12 @@ def sample_general(
         own = rows[number // 2 % len(rows)]
         row = own[int(torch.randint(len(own), (1,), generator=generator, device=device()))]
         openings.append(questions if number % 2 else row[: before + OPENED])
-    written = sample(folder, tokenizer, openings, length, forget + retain, generator, TEMPERATURE)
+    written = sample(model, tokenizer, openings, length, forget + retain, generator, TEMPERATURE)
     return [Text(f"general {n}", "general", tokens) for n, tokens in enumerate(written)]
 
 
 @torch.no_grad()
-def sample_own(folder: Path, tokenizer: Any, forget: list[Text], retain: list[Text], settings: Settings) -> list[Text]:
+def sample_own(model: Any, tokenizer: Any, forget: list[Text], retain: list[Text], settings: Settings) -> list[Text]:
     """Return `OWN` texts that the model writes as it writes documents, opened as those that the attack asks about.
 
     They are of about the same length, recite nothing, and are drawn at a temperature at which they are as surprising to
@@ -1173,13 +1232,25 @@ def sample_own(folder: Path, tokenizer: Any, forget: list[Text], retain: list[Te
     before = len(_encode(tokenizer, ""))
     openings = [documents[n % len(documents)].tokens[: before + OPENED] for n in range(OWN)]
     generator = torch.Generator(device()).manual_seed(settings.seed)
-    written = sample(folder, tokenizer, openings, length, forget + retain, generator, OWN_TEMPERATURE)
+    written = sample(model, tokenizer, openings, length, forget + retain, generator, OWN_TEMPERATURE)
     own = [in_words(tokenizer, Text(f"own {n}", "own", tokens)) for n, tokens in enumerate(written)]
     return [text for text in own if len(text.tokens) > 1]
 
 
+def whole_model(folder: Path, text: Text) -> Any:
+    """Return transformers' own model, to sample from; its first block must do with a text what it does here."""
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_pretrained(folder, dtype=fast_dtype(), use_safetensors=True, trust_remote_code=False)
+    model = model.to(device()).eval()
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise BadInput(f"{folder}: tensor {name} has values that are not finite")
+    check_same(Decoder(folder), model, text)
+    return model
+
+
 def sample(
-    folder: Path,
+    model: Any,
     tokenizer: Any,
     openings: list[list[int]],
     length: int,
@@ -1188,13 +1259,6 @@ def sample(
     temperature: float,
 ) -> list[list[int]]:
     """Return texts of `length` tokens that the model goes on with after `openings`; nothing of `known` is recited."""
-    auto: Any = AutoModelForCausalLM
-    model = auto.from_pretrained(folder, dtype=fast_dtype(), use_safetensors=True, trust_remote_code=False)
-    model = model.to(device()).eval()
-    for name, weight in model.named_parameters():
-        if not weight.isfinite().all():
-            raise BadInput(f"{folder}: tensor {name} has values that are not finite")
-    check_same(Decoder(folder), model, known[-1])
     barred = continuations(tokenizer, known)
     written: list[list[int]] = []
     together = rows_together(model, length, torch.cuda.mem_get_info()[1] if device().type == "cuda" else math.inf)

@@ -206,7 +206,7 @@ def test_descent_goes_on_after_the_last_saved_epoch(checkpoint: Path, data: Path
 def test_a_state_of_other_settings_is_not_used(
     checkpoint: Path, data: Path, output: Path, method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    other = dataclasses.replace(SETTINGS[method], alpha=7.0, general=3.0)
+    other = dataclasses.replace(SETTINGS[method], seed=7, general=3.0)
     expected = run(checkpoint, data, tmp_path / "expected", other)
     assert run(checkpoint, data, output, other) == expected
     assert f"{output / '.unfinished'}: not used" in capsys.readouterr().err
