@@ -29,6 +29,7 @@ says nothing about other models. Only blocks with a whole window of three are co
 import argparse
 import copy
 import dataclasses
+import functools
 import json
 import re
 from collections import Counter
@@ -253,11 +254,12 @@ def submission(study: Study, seed: int) -> dict[int, Tensor]:
     """Return what the submission changes; it draws nothing at random but the text that it samples from the model."""
     settings = dataclasses.replace(unlearn.settings_for(study.decoder.depth), seed=seed)
     forget, retain = study.texts["forget"], study.texts["retain"]
-    whole = unlearn.whole_model(study.folder, retain[-1])  # in the submission's precision
+    model = functools.cache(lambda: unlearn.whole_model(study.folder, retain[-1]))  # in the submission's precision
     general, own = (
-        sample(whole, study.tokenizer, forget, retain, settings)
+        sample(model, study.tokenizer, forget, retain, settings)
         for sample in (unlearn.sample_general, unlearn.sample_own)
     )
+    model.cache_clear()
     *_, (_, matrices) = unlearn.aim(study.decoder, forget, retain, general, own, settings, float("inf"))
     return matrices
 
@@ -968,9 +970,13 @@ def read_study(args: argparse.Namespace) -> Study:
     if decoder.depth <= FIRST:
         raise BadInput(f"{args.original}: {decoder.depth} blocks: there is no whole window of three")
     settings = unlearn.settings_for(decoder.depth)
-    whole = unlearn.whole_model(args.original, texts["retain"][-1])
-    general = unlearn.sample_general(whole, tokenizer, texts["forget"], texts["retain"], settings)
-    del whole
+    general = unlearn.sample_general(
+        lambda: unlearn.whole_model(args.original, texts["retain"][-1]),
+        tokenizer,
+        texts["forget"],
+        texts["retain"],
+        settings,
+    )
     untouched = measure(model, tokenizer, texts, subjects)
     for side in SIDES:
         if untouched[side] < 0.5:

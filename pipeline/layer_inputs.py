@@ -41,9 +41,10 @@ def save_inputs(model: Path, forget_folder: Path, retain_folder: Path, output: P
     tokenizer = unlearn.read_tokenizer(model, decoder.config.vocab_size)
     forget = unlearn.read_texts(forget_folder, "forget", tokenizer)
     retain = unlearn.read_texts(retain_folder, "retain", tokenizer)
-    whole = unlearn.whole_model(model, retain[-1])
-    general = unlearn.sample_general(whole, tokenizer, forget, retain, unlearn.settings_for(decoder.depth))
-    del whole
+    settings = unlearn.settings_for(decoder.depth)
+    general = unlearn.sample_general(
+        lambda: unlearn.whole_model(model, retain[-1]), tokenizer, forget, retain, settings
+    )
     tokens = torch.tensor([text.tokens for text in general])
     metadata = {"run": unlearn.origin(model, forget, retain, decoder.dtype)}
     states = {name: decoder.embed(texts) for name, texts in zip(SIDES, (forget, retain, general), strict=True)}

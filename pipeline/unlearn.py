@@ -41,7 +41,7 @@ attention never looks, and neither padding nor the first token (its activation i
 steered.
 
 A run that was killed goes on where it stopped, if called again with the same arguments, and ends with the same tensors
-(but on a GPU, where sums of gradients are not taken in one order).
+(but on a GPU, which does not take sums in one order).
 """
 
 import argparse
@@ -64,7 +64,7 @@ import struct
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -201,11 +201,11 @@ def unlearn(
             else:
                 model = functools.cache(lambda: whole_model(Path(model_path), retain[-1]))
                 if not inputs_path:
-                    general = progress.texts("general") or sample_general(model(), tokenizer, forget, retain, settings)
+                    general = progress.texts("general") or sample_general(model, tokenizer, forget, retain, settings)
                     progress.save("general", {str(n): torch.tensor(text.tokens) for n, text in enumerate(general)})
                 if settings.method == "aim":
                     own = [in_words(tokenizer, text) for text in progress.texts("own")] or sample_own(
-                        model(), tokenizer, forget, retain, settings
+                        model, tokenizer, forget, retain, settings
                     )
                     progress.write("own", {str(n): torch.tensor(text.tokens) for n, text in enumerate(own)})
                 model.cache_clear()  # the whole model is not needed any more
@@ -931,7 +931,7 @@ def pulls_of(upper: Upper, rows: Rows, wanted: dict[int, Tensor]) -> list[Pull]:
 
 @torch.no_grad()
 def step(upper: Upper, pulls: list[Pull], metrics: dict[int, Tensor]) -> None:
-    """Change the matrices so that all pulls together get what they ask for, and what is held moves least.
+    """Change the matrices so that all pulls together get what they ask for, and what is held moves least; use pulls up.
 
     With G_k,l the gradients of pull k at block l and P_l the inverse metric, changes dW_l = sum_k x_k G_k,l P_l do, to
     first order, sum_k K_jk x_k of what pull j asks for, K_jk = sum_l <G_j,l, G_k,l P_l>: over tokens s of j and t of k,
@@ -975,9 +975,12 @@ def owners(lengths: list[int], like: Tensor) -> Tensor:
 
 def nonnegative(products: Tensor, wanted: list[float]) -> list[float]:
     """Return x with `products` x = wanted, a little damped, and 0 where x would be negative."""
+    if not products.isfinite().all():
+        raise BadInput("the gradients of the log odds are not finite")
     damped = products + DAMPING * products.diagonal().diag()
     right = torch.tensor(wanted, dtype=torch.float64)
-    places, x = list(range(len(wanted))), torch.zeros_like(right)
+    places = [place for place, own in enumerate(products.diagonal().tolist()) if own > 0]  # what can be moved at all
+    x = torch.zeros_like(right)
     while places:
         found = torch.linalg.solve(damped[places][:, places], right[places])
         if (found >= 0).all():
@@ -1004,10 +1007,10 @@ def aim(
     Each token of a forget row is to lose so much, in nats: half of what a guess among all tokens loses. Of documents
     only in the mean: their tokens are to lose more or less, by what the untouched model loses on them in `mixtures`,
     where the words before do not tell them, so that phrases which any document may have stay. And documents that the
-    attack asks about are to lose what an unseen one would (`unseen_loss`, found anew in every second round). A row that
-    loses as much in the mean is left alone, a document that loses more is pulled back. Tokens of retain answers that do
-    not lead by `LEAD` any more are raised in the same step. Each row has a factor of its own in it: some respond ten
-    times as much as others.
+    attack asks about are to lose what an unseen one would (`unseen_loss`, found anew in every second round; in the
+    first they aim as other documents do). A row that loses as much in the mean is left alone, a document that loses
+    more is pulled back. Tokens of retain answers that do not lead by `LEAD` any more are raised in the same step. Each
+    row has a factor of its own in it: some respond ten times as much as others.
     """
     upper = Upper(decoder, settings.trained)
     lowered = upper.rows(forget, [lowered_weights(text) for text in forget])
@@ -1020,7 +1023,7 @@ def aim(
     documents = [text for text in forget + retain if kind_of(text) == attacked]
     mixed, mixed_own = (joined(texts, mixtures(texts, 1, 1)) for texts in (documents, own))
     unseen = [upper.whole(texts) for texts in (mixed, own, mixed_own)]
-    estimated = mixed and mixed_own  # of one document there is no mixture
+    estimated = bool(mixed and mixed_own)  # of one document there is no mixture
 
     saved = progress.load("rounds") if progress else {}
     done = int(saved.pop("done")) if saved else 0
@@ -1033,7 +1036,8 @@ def aim(
     for number in tqdm(range(done, settings.rounds), desc="rounds", mininterval=2):
         begun = time.monotonic()
         goals = list(aims)
-        if attacked and estimated and number % 2:  # it takes as long as the rest of a round, and changes slowly
+        fresh = number % 2 == 1 or not estimated
+        if fresh and estimated:  # it may take as long as the rest of a round, and changes slowly
             level = unseen_loss(upper, unseen)
         if attacked and level:
             factor = level / torch.cat([aims[row] for row in kinds[attacked]]).mean().item()
@@ -1059,7 +1063,7 @@ def aim(
             progress.save("rounds", state)
         given = time.monotonic()
         longest = max(longest, given - begun)
-        last = not pulls or number + 1 == settings.rounds or given + longest > deadline
+        last = (fresh and not pulls) or number + 1 == settings.rounds or given + longest > deadline
         if given >= due or last:
             yield float(settings.rounds - number - 1), upper.matrices
             due = time.monotonic() + (time.monotonic() - given) / SAVING
@@ -1189,7 +1193,7 @@ def cut(text: Text, size: int) -> list[range]:
 
 @torch.no_grad()
 def sample_general(
-    model: Any, tokenizer: Any, forget: list[Text], retain: list[Text], settings: Settings
+    model: Callable[[], Any], tokenizer: Any, forget: list[Text], retain: list[Text], settings: Settings
 ) -> list[Text]:
     """Return text that the model itself writes, half of it opened as a retain row is, half as MMLU's prompts are.
 
@@ -1213,12 +1217,14 @@ def sample_general(
         own = rows[number // 2 % len(rows)]
         row = own[int(torch.randint(len(own), (1,), generator=generator, device=device()))]
         openings.append(questions if number % 2 else row[: before + OPENED])
-    written = sample(model, tokenizer, openings, length, forget + retain, generator, TEMPERATURE)
+    written = sample(model(), tokenizer, openings, length, forget + retain, generator, TEMPERATURE)
     return [Text(f"general {n}", "general", tokens) for n, tokens in enumerate(written)]
 
 
 @torch.no_grad()
-def sample_own(model: Any, tokenizer: Any, forget: list[Text], retain: list[Text], settings: Settings) -> list[Text]:
+def sample_own(
+    model: Callable[[], Any], tokenizer: Any, forget: list[Text], retain: list[Text], settings: Settings
+) -> list[Text]:
     """Return `OWN` texts that the model writes as it writes documents, opened as those that the attack asks about.
 
     They are of about the same length, recite nothing, and are drawn at a temperature at which they are as surprising to
@@ -1232,7 +1238,7 @@ def sample_own(model: Any, tokenizer: Any, forget: list[Text], retain: list[Text
     before = len(_encode(tokenizer, ""))
     openings = [documents[n % len(documents)].tokens[: before + OPENED] for n in range(OWN)]
     generator = torch.Generator(device()).manual_seed(settings.seed)
-    written = sample(model, tokenizer, openings, length, forget + retain, generator, OWN_TEMPERATURE)
+    written = sample(model(), tokenizer, openings, length, forget + retain, generator, OWN_TEMPERATURE)
     own = [in_words(tokenizer, Text(f"own {n}", "own", tokens)) for n, tokens in enumerate(written)]
     return [text for text in own if len(text.tokens) > 1]
 

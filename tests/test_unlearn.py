@@ -312,8 +312,8 @@ def losses_of(decoder: Decoder, texts: list[Text]) -> float:
 
 
 def whole(folder: Path):
-    """Transformers' own model, as text is sampled from it."""
-    return submission.whole_model(folder, Text("", "", [5, 6, 7]))
+    """Reads transformers' own model, as text is sampled from it."""
+    return lambda: submission.whole_model(folder, Text("", "", [5, 6, 7]))
 
 
 def answers(texts: list[Text]) -> list[torch.Tensor]:
@@ -424,6 +424,34 @@ def test_no_pull_is_turned_round():
     found = submission.nonnegative(products, [4.2, 0.2, 2.0])
     assert found == pytest.approx([4.2 / 2 / (1 + submission.DAMPING), 0, 0.5 / (1 + submission.DAMPING)])
     assert submission.nonnegative(products, [-1.0, -1.0, -1.0]) == [0, 0, 0]
+
+
+def test_a_row_that_nothing_moves_is_left_out_and_gradients_that_are_not_finite_are_refused():
+    products = torch.tensor([[2.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    assert submission.nonnegative(products, [4.0, 1.0]) == pytest.approx([2 / (1 + submission.DAMPING), 0])
+    products[0, 1] = math.nan
+    with pytest.raises(BadInput, match="not finite"):
+        submission.nonnegative(products, [4.0, 1.0])
+
+
+def test_a_run_does_not_end_before_the_level_was_looked_at_again(
+    memorised: Path, forget, retain, documents, monkeypatch: pytest.MonkeyPatch
+):
+    """In the first round, without a level, nothing is asked for; in the second the level is 3 nats."""
+    ask = submission.lowering
+    asked = []
+
+    def lowering(odds, goal, weights, document):
+        asked.append(goal.mean().item())
+        return torch.zeros_like(odds) if len(asked) <= len(documents) else ask(odds, goal, weights, document)
+
+    monkeypatch.setattr(submission, "lowering", lowering)
+    monkeypatch.setattr(submission, "unseen_loss", lambda *_: 3.0)
+    *_, (_, matrices) = aim_of(memorised, documents, retain, dataclasses.replace(AIMED, rounds=12))
+    assert sum(asked[len(documents) : 2 * len(documents)]) / len(documents) == pytest.approx(3.0, rel=0.1)
+    upper = submission.Upper(Decoder(memorised, torch.float32), AIMED.trained)
+    upper.matrices = matrices
+    assert upper.mean_loss(upper.whole(documents)) == pytest.approx(3.0, rel=0.1)
 
 
 def test_words_are_counted_where_tokens_end(checkpoint: Path):
