@@ -832,7 +832,7 @@ class Upper:
             again: Any = functools.partial(checkpoint, run, use_reentrant=False) if self.again else run
             hidden = again(index, hidden)
             if passed and index in self.matrices:
-                passed.leaving[index] = hidden if hidden.requires_grad else hidden.requires_grad_()
+                passed.leaving[index] = hidden.requires_grad_()
         counted = [len(rows.weights[row]) for row in chosen]
         tokens = [rows.texts[row].tokens for row in chosen]
         ends = zip(hidden, tokens, counted, strict=True)

@@ -692,7 +692,12 @@ def test_own_text_opens_as_documents_of_both_sides_do(
     assert len({tuple(text.tokens) for text in cold}) < submission.OWN / 4  # but for ties in bfloat16
     assert len({tuple(text.tokens) for text in own}) == submission.OWN
     asked = [text for text in forget if not submission.is_document(text)]
-    assert submission.sample_own(whole(checkpoint), tokenizer, asked, retain, AIMED) == []
+
+    def unread():
+        pytest.fail("a model was read, though nothing is sampled")
+
+    assert submission.sample_own(unread, tokenizer, asked, retain, AIMED) == []
+    assert submission.sample_general(unread, tokenizer, forget, retain, dataclasses.replace(AIMED, general=0.0)) == []
 
 
 def test_weights_that_are_kept_are_read_once_and_change_nothing(
