@@ -93,6 +93,7 @@ COPIES = 4  # mixtures that each piece of a document is in
 LEAST = 0.02  # nats that a token is to lose
 PIECE = 4  # words of a document that stay together in the mixtures that say which of them any document may have
 GRADIENT_TOKENS = 2048  # of a batch whose logits or gradients are taken
+FORMED_BYTES = 1 << 30  # of gradients in a matrix, of all rows, that are formed together
 DAMPING = 0.01  # of the equations between rows, as a part of their diagonal
 ALIKE = 0.8  # the shortest row of a batch over the longest: padding is work
 STRIP = 256  # columns of a symmetric sum that are computed together
@@ -859,14 +860,14 @@ class Upper:
 
 
 @torch.no_grad()
-def held_metrics(upper: Upper, streams: Sequence[tuple[Rows, float]], settings: Settings) -> dict[int, Tensor]:
-    """Return by trained block (sum w a a' + ridge)^-1 over what is to be held, (intermediate, intermediate).
+def whitenings_of(upper: Upper, streams: Sequence[tuple[Rows, float]], settings: Settings) -> dict[int, Tensor]:
+    """Return by trained block V with V (sum w a a' + ridge) V' = 1, over what is to be held, (intermediate, same).
 
     a is what enters down_proj in the untouched model: a change dW moves what leaves the block by sum w |dW a|^2.
     """
     weights = [token_weights(rows.texts, settings.answer) for rows, _ in streams]
     states = [rows.states for rows, _ in streams]
-    metrics = {}
+    whitenings = {}
     for index in range(upper.first, settings.trained[-1] + 1):
         block = upper.block(index)
         found = [upper.decoder.activations(block, rows) for rows in states]
@@ -875,10 +876,12 @@ def held_metrics(upper: Upper, streams: Sequence[tuple[Rows, float]], settings: 
             gram = torch.zeros(width, width, dtype=torch.float64, device=upper.decoder.device)
             for number, (_, weight) in enumerate(streams):
                 add_rows(gram, found[number][0], [weight * row for row in weights[number]])
-            metrics[index] = torch.cholesky_inverse(factor_of(gram, settings.ridge)).float()
+            factor = factor_of(gram, settings.ridge)
+            one = torch.eye(width, dtype=factor.dtype, device=factor.device)
+            whitenings[index] = torch.linalg.solve_triangular(factor, one, upper=False).float()
         states = [leaving for _, leaving in found]
         del found  # of 7B 7 GB: of the next block there will be as much
-    return metrics
+    return whitenings
 
 
 def add_rows(gram: Tensor, entering: list[Tensor], weights: list[Tensor]) -> None:
@@ -930,47 +933,37 @@ def pulls_of(upper: Upper, rows: Rows, wanted: dict[int, Tensor]) -> list[Pull]:
 
 
 @torch.no_grad()
-def step(upper: Upper, pulls: list[Pull], metrics: dict[int, Tensor]) -> None:
+def step(upper: Upper, pulls: list[Pull], whitenings: dict[int, Tensor]) -> None:
     """Change the matrices so that all pulls together get what they ask for, and what is held moves least; use pulls up.
 
-    With G_k,l the gradients of pull k at block l and P_l the inverse metric, changes dW_l = sum_k x_k G_k,l P_l do, to
-    first order, sum_k K_jk x_k of what pull j asks for, K_jk = sum_l <G_j,l, G_k,l P_l>: over tokens s of j and t of k,
-    sum_st (g_s . g_t) (a_s . P a_t). So no gradient is ever formed, which of 7B has 1.4 GB a pull.
+    With G_k,l the gradients of pull k at block l and V_l the whitening, changes dW_l = sum_k x_k G_k,l V_l' V_l do, to
+    first order, sum_k K_jk x_k of what pull j asks for, K_jk = sum_l <G_j,l V_l', G_k,l V_l'>. G V' is formed of a few
+    hidden units at a time: all of it has, of 7B, 180 MB a pull and block.
     """
     groups = list(batches([len(pull.entering[upper.first]) for pull in pulls], GRADIENT_TOKENS))
     products = torch.zeros(len(pulls), len(pulls), dtype=torch.float64)
-    for index, metric in metrics.items():
-        parts = []
+    for index, whitening in whitenings.items():
+        white: dict[int, Tensor] = {}
         for group in groups:
-            g, a = (
-                torch.cat([by[index].to(metric.device) for by in (getattr(pulls[n], name) for n in group)])
-                for name in ("gradients", "entering")
-            )
-            moved = (a.float() @ metric).to(a.dtype)
+            a = torch.cat([pulls[n].entering[index].to(whitening.device) for n in group])
             lengths = [len(pulls[n].entering[index]) for n in group]
-            for n, part in zip(group, torch.split(moved.cpu(), lengths), strict=True):
-                pulls[n].entering[index] = part  # P a in its place: a was needed here for the last time
-            parts.append((g, a, moved, owners(lengths, g)))
-        for first, (g, _, moved, own) in enumerate(parts):
-            for second, (other_g, other_a, _, other_own) in enumerate(parts[: first + 1]):
-                both = (g @ other_g.T) * (moved @ other_a.T)
-                found = ((own @ both).float() @ other_own.float().T).double().cpu()
-                rows, columns = torch.tensor(groups[first])[:, None], torch.tensor(groups[second])
-                products[rows, columns] += found
-                if second < first:
-                    products[columns[:, None], rows[:, 0]] += found.T
+            white |= zip(group, torch.split((a.float() @ whitening.T).to(a.dtype), lengths), strict=True)
+        for n, part in white.items():
+            pulls[n].entering[index] = part.cpu()  # V a in its place: a was needed here for the last time
+        gradients = [pull.gradients[index].to(whitening.device) for pull in pulls]
+        hidden, intermediate = upper.matrices[index].shape
+        together = max(1, FORMED_BYTES // (4 * len(pulls) * intermediate))
+        for first in range(0, hidden, together):
+            units = slice(first, first + together)
+            formed = torch.stack([(g[:, units].T @ white[n]).float().flatten() for n, g in enumerate(gradients)])
+            products += (formed @ formed.T).double().cpu()
     factors = nonnegative(products, [pull.wanted for pull in pulls])
     for index, matrix in upper.matrices.items():
+        total = torch.zeros_like(matrix)
         for group in groups:
             g = torch.cat([factors[n] * pulls[n].gradients[index].to(matrix.device, torch.float32) for n in group])
-            moved = torch.cat([pulls[n].entering[index].to(matrix.device, torch.float32) for n in group])
-            matrix += g.T @ moved
-
-
-def owners(lengths: list[int], like: Tensor) -> Tensor:
-    """Return which rows tokens belong to, 1 where they do, (rows, tokens)."""
-    rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    return torch.nn.functional.one_hot(rows, len(lengths)).T.to(like)
+            total += g.T @ torch.cat([pulls[n].entering[index].to(matrix.device, torch.float32) for n in group])
+        matrix += total @ whitenings[index]
 
 
 def nonnegative(products: Tensor, wanted: list[float]) -> list[float]:
@@ -1015,7 +1008,7 @@ def aim(
     upper = Upper(decoder, settings.trained)
     lowered = upper.rows(forget, [lowered_weights(text) for text in forget])
     raised = upper.rows(retain, [torch.ones(len(text.tokens) - max(1, text.prompt)) for text in retain])
-    metrics = held_metrics(upper, ((raised, 1.0), (upper.whole(general), settings.general)), settings)
+    whitenings = whitenings_of(upper, ((raised, 1.0), (upper.whole(general), settings.general)), settings)
     kinds = {kind: [row for row, text in enumerate(forget) if kind_of(text) == kind] for kind in map(kind_of, forget)}
     aims = untouched_aims(upper, lowered, kinds)
     known = [odds > 0 for odds in upper.all_log_odds(raised)]
@@ -1054,7 +1047,7 @@ def aim(
         for rows, changes in ((lowered, wanted), (raised, again)):
             pulls += pulls_of(upper, rows, {row: change for row, change in enumerate(changes) if change.any()})
         if pulls:
-            step(upper, pulls, metrics)
+            step(upper, pulls, whitenings)
         if not all(matrix.isfinite().all() for matrix in upper.matrices.values()):
             raise BadInput(f"the changes are not finite: the ridge {settings.ridge} is out of range")
         if progress:

@@ -368,7 +368,7 @@ def test_what_is_held_is_the_second_moment_of_what_enters_the_untouched_down_pro
     general = [dataclasses.replace(text, task="general") for text in forget[:3]]
     model, upper = load_model(checkpoint), submission.Upper(Decoder(checkpoint, torch.float32), settings.trained)
     streams = (upper.rows(retain, answers(retain)), 1.0), (upper.whole(general), 0.5)
-    found = submission.held_metrics(upper, streams, settings)
+    found = submission.whitenings_of(upper, streams, settings)
     for index in settings.trained:
         entering: list[torch.Tensor] = []
         down_proj = model.model.layers[index].mlp.down_proj
@@ -379,16 +379,19 @@ def test_what_is_held_is_the_second_moment_of_what_enters_the_untouched_down_pro
         gram = weighted_mean(outer[: len(retain)], retain, 4.0)
         gram = gram + 0.5 * weighted_mean(outer[len(retain) :], [dataclasses.replace(t, id="") for t in general], 4.0)
         gram += 0.01 * gram.diagonal().mean() * torch.eye(len(gram))
-        torch.testing.assert_close(found[index].double() @ gram, torch.eye(len(gram)).double(), rtol=0, atol=1e-3)
+        whitening = found[index].double()
+        torch.testing.assert_close(whitening @ gram @ whitening.T, torch.eye(len(gram)).double(), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("formed", [1, 4000, 1 << 30])  # bytes: one hidden unit at a time, some, or all
 @pytest.mark.parametrize("limit", [12, 2048])  # the pulls' tokens in groups, or together
 def test_a_step_gives_every_pull_what_it_asks_for_and_holds_the_rest_best(
-    checkpoint: Path, limit: int, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, limit: int, formed: int, monkeypatch: pytest.MonkeyPatch
 ):
     """By Lagrange: of all changes with these inner products it has the least norm in the metric that is held."""
     monkeypatch.setattr(submission, "DAMPING", 0.0)
     monkeypatch.setattr(submission, "GRADIENT_TOKENS", limit)
+    monkeypatch.setattr(submission, "FORMED_BYTES", formed)
     generator = torch.Generator().manual_seed(0)
     upper = submission.Upper(Decoder(checkpoint, torch.float32), (1, 4))
     before = {index: matrix.clone() for index, matrix in upper.matrices.items()}
@@ -403,7 +406,7 @@ def test_a_step_gives_every_pull_what_it_asks_for_and_holds_the_rest_best(
         a = {n: torch.randn(length, intermediate, generator=generator) + 0.5 for n in (1, 4)}
         pulls.append(submission.Pull(want, g, a))
     gradients = [{n: pull.gradients[n].T @ pull.entering[n] for n in (1, 4)} for pull in pulls]
-    submission.step(upper, pulls, {index: metric.inverse() for index, metric in held.items()})
+    submission.step(upper, pulls, {index: torch.linalg.cholesky(metric).inverse() for index, metric in held.items()})
     change = {index: matrix - before[index] for index, matrix in upper.matrices.items()}
     got = [sum((one[n] * change[n]).sum().item() for n in (1, 4)) for one in gradients]
     assert got == pytest.approx(wanted, rel=1e-3)
