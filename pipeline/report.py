@@ -35,7 +35,7 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from pipeline.lib.metrics import row_value
+from pipeline.lib.metrics import row_value, unseen_mia_score
 from pipeline.lib.pictures import BLUE, ORANGE, svg
 from pipeline.lib.published import SIZES, caution, parts, read_results
 from pipeline.lib.records import (
@@ -128,7 +128,10 @@ def read_losses(path: Path) -> dict[str, list[float]]:
 
 
 def loss_pictures(losses: Sequence[dict[str, list[float]]], results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return for each checkpoint a picture of its losses by set, all on the same axes, their medians and the AUC."""
+    """Return for each checkpoint a picture of its losses by set, all on the same axes, their medians and the AUC.
+
+    And what the MIA score of members that nobody has seen would be.
+    """
     edges = numpy.histogram_bin_edges([loss for sets in losses for values in sets.values() for loss in values], BINS)
     highest = max(float(_shares(values, edges).max()) for sets in losses for values in sets.values())
     return [
@@ -136,6 +139,7 @@ def loss_pictures(losses: Sequence[dict[str, list[float]]], results: Sequence[di
             "source": _data_address(loss_picture(sets, edges, highest)),
             "medians": {kind: median(values) for kind, values in sets.items()},
             "auc": result.get("mia_loss_acc"),
+            "unseen": unseen_mia_score(len(sets["member"]), len(sets["nonmember"])),
         }
         for sets, result in zip(losses, results, strict=True)
     ]

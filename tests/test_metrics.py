@@ -3,6 +3,7 @@
 import csv
 import itertools
 import random
+import statistics
 from fractions import Fraction
 from pathlib import Path
 
@@ -102,6 +103,18 @@ def test_auc_of_the_two_failures():
     assert metrics.auc([0.1, 0.2], [2.0, 3.0]) == 1  # still known: under-unlearned
     assert metrics.auc([9.0, 8.0], [2.0, 3.0]) == 0  # stranger than unseen text: over-unlearned
     assert [metrics.mia_score(area) for area in (0, 0.25, 0.5, 0.75, 1)] == [0, 0.5, 1, 0.5, 0]
+
+
+@pytest.mark.parametrize(("members", "nonmembers"), [(6, 9), (4, 12), (8, 8)])
+def test_members_never_seen_have_a_score_below_one_by_chance(members: int, nonmembers: int):
+    """Against all orders in which the losses of both can lie, each as likely."""
+    scores = []
+    for ranks in itertools.combinations(range(members + nonmembers), members):
+        lower = sum(rank - before for before, rank in enumerate(ranks))  # pairs whose non-member has the lower loss
+        scores.append(metrics.mia_score(1 - lower / (members * nonmembers)))
+    mean, spread = metrics.unseen_mia_score(members, nonmembers)
+    assert mean == pytest.approx(statistics.mean(scores), abs=0.01)
+    assert spread == pytest.approx(statistics.pstdev(scores), abs=0.01)
 
 
 @pytest.mark.parametrize("member", [[], [float("nan")], [float("inf")]])

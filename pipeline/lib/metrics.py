@@ -4,6 +4,7 @@ ROUGE and the ROC curve are taken from the libraries that the organisers' evalua
 be set beside a published one. The harmonic mean is the standard library's: 0 as soon as one value is 0.
 """
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -74,6 +75,16 @@ def auc(member_nll: Sequence[float], nonmember_nll: Sequence[float]) -> float:
 def mia_score(auc: float) -> float:
     """Return 1 - 2|AUC - .5|: 1 if members cannot be told from non-members, 0 if always, either way round."""
     return 1 - 2 * abs(auc - 0.5)
+
+
+def unseen_mia_score(members: int, nonmembers: int) -> tuple[float, float]:
+    """Return mean and standard deviation of the MIA score of members that are no other than non-members.
+
+    What perfect forgetting has: below 1, for few documents differ by chance. The area is then Mann and Whitney's
+    statistic without a difference, mean 1/2, variance (m + n + 1) / (12 m n), taken to be normal.
+    """
+    spread = math.sqrt((members + nonmembers + 1) / (12 * members * nonmembers))
+    return 1 - 2 * spread * math.sqrt(2 / math.pi), 2 * spread * math.sqrt(1 - 2 / math.pi)
 
 
 def row_value(row: Mapping[str, Any]) -> float:
