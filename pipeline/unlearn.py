@@ -75,6 +75,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import mse_loss, softplus
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -93,6 +94,7 @@ COPIES = 4  # mixtures that each piece of a document is in
 LEAST = 0.02  # nats that a token is to lose
 PIECE = 4  # words of a document that stay together in the mixtures that say which of them any document may have
 GRADIENT_TOKENS = 2048  # of a batch whose logits or gradients are taken
+SHORT = 128  # tokens: for rows up to there gradients of torch's fused attention take a CPU longer than of the plain one
 FORMED_BYTES = 1 << 30  # of gradients in a matrix, of all rows, that are formed together
 DAMPING = 0.01  # of the equations between rows, as a part of their diagonal
 ALIKE = 0.8  # the shortest row of a batch over the longest: padding is work
@@ -921,15 +923,24 @@ def pulls_of(upper: Upper, rows: Rows, wanted: dict[int, Tensor]) -> list[Pull]:
     for places in batches([len(rows.texts[row].tokens) for row in chosen], GRADIENT_TOKENS, ALIKE):
         batch = [chosen[place] for place in places]
         passed = Passed()
-        found = zip(batch, upper.log_odds(rows, batch, weights, passed), strict=True)
-        total = torch.stack([(asked[row].to(odds.device) * odds).sum() for row, odds in found]).sum()
-        gradients = dict(zip(passed.leaving, torch.autograd.grad(total, list(passed.leaving.values())), strict=True))
+        with attention_for(max(len(rows.texts[row].tokens) for row in batch), upper.decoder.device):
+            found = zip(batch, upper.log_odds(rows, batch, weights, passed), strict=True)
+            total = torch.stack([(asked[row].to(odds.device) * odds).sum() for row, odds in found]).sum()
+            found_gradients = torch.autograd.grad(total, list(passed.leaving.values()))
+        gradients = dict(zip(passed.leaving, found_gradients, strict=True))
         for place, row in enumerate(batch):
             own = slice(len(rows.texts[row].tokens))
             # Of 7B these are 2.4 GB for every ten thousand tokens: they wait outside the GPU.
             parts = ({n: part[place, own].cpu() for n, part in by.items()} for by in (gradients, passed.entering))
             pulls.append(Pull((asked[row] * wanted[row]).sum().item(), *parts))
     return pulls
+
+
+def attention_for(length: int, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Choose the attention whose gradients are computed sooner, for rows of so many tokens."""
+    if device.type == "cpu" and length <= SHORT:
+        return sdpa_kernel(SDPBackend.MATH)
+    return contextlib.nullcontext()
 
 
 @torch.no_grad()

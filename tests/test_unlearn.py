@@ -339,10 +339,12 @@ def test_log_odds_are_those_of_the_whole_model_with_the_matrices(checkpoint: Pat
 
 
 @pytest.mark.parametrize("again", [False, True])  # whether blocks run again on the way back
+@pytest.mark.parametrize("short", [0, 128])  # fused attention, or plain
 @pytest.mark.parametrize("limit", [30, 2048])
 def test_each_row_pulls_along_the_gradient_of_what_it_asks_for_in_the_whole_model(
-    checkpoint: Path, forget, again: bool, limit: int, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, forget, again: bool, short: int, limit: int, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(submission, "SHORT", short)
     monkeypatch.setattr(submission, "GRADIENT_TOKENS", limit)
     model, upper = moved(checkpoint, (1, 4))
     upper.again = again
