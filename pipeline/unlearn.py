@@ -64,6 +64,7 @@ import struct
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -1231,8 +1232,9 @@ def sample_own(
 ) -> list[Text]:
     """Return `OWN` texts that the model writes as it writes documents, opened as those that the attack asks about.
 
-    They are of about the same length, recite nothing, and are drawn at a temperature at which they are as surprising to
-    the model as what others wrote. They are not held, so what becomes of them becomes of unseen text.
+    They are of about the same length, recite nothing but phrases that several documents have, as an unseen one may have
+    them too, and are drawn at a temperature at which they are as surprising to the model as what others wrote. They are
+    not held, so what becomes of them becomes of unseen text.
     """
     kind = attacked_kind(forget)
     documents = [text for text in forget + retain if kind_of(text) == kind]
@@ -1242,7 +1244,7 @@ def sample_own(
     before = len(_encode(tokenizer, ""))
     openings = [documents[n % len(documents)].tokens[: before + OPENED] for n in range(OWN)]
     generator = torch.Generator(device()).manual_seed(settings.seed)
-    written = sample(model(), tokenizer, openings, length, forget + retain, generator, OWN_TEMPERATURE)
+    written = sample(model(), tokenizer, openings, length, forget + retain, generator, OWN_TEMPERATURE, documents)
     own = [in_words(tokenizer, Text(f"own {n}", "own", tokens)) for n, tokens in enumerate(written)]
     return [text for text in own if len(text.tokens) > 1]
 
@@ -1267,9 +1269,13 @@ def sample(
     known: list[Text],
     generator: torch.Generator,
     temperature: float,
+    documents: Sequence[Text] = (),
 ) -> list[list[int]]:
-    """Return texts of `length` tokens that the model goes on with after `openings`; nothing of `known` is recited."""
-    barred = continuations(tokenizer, known)
+    """Return texts of `length` tokens that the model goes on with after `openings`.
+
+    Nothing of `known` is recited but what more than one of `documents` says.
+    """
+    barred = continuations(tokenizer, known, documents)
     written: list[list[int]] = []
     together = rows_together(model, length, torch.cuda.mem_get_info()[1] if device().type == "cuda" else math.inf)
     for first in range(0, len(openings), together):
@@ -1308,14 +1314,24 @@ def check_same(decoder: Decoder, model: Any, text: Text) -> None:
         )
 
 
-def continuations(tokenizer: Any, texts: list[Text]) -> dict[tuple[int, ...], list[int]]:
-    """Return for each run of tokens in the texts, about `NOVEL` words less one token, the tokens that follow it."""
+def continuations(
+    tokenizer: Any, texts: list[Text], documents: Sequence[Text] = ()
+) -> dict[tuple[int, ...], list[int]]:
+    """Return for each run of tokens in the texts, about `NOVEL` words less one token, the tokens that follow it.
+
+    Not where that is in more than one of the documents.
+    """
     words = sum(len(tokenizer.decode(text.tokens, skip_special_tokens=True).split()) for text in texts)
     length = max(2, round(NOVEL * sum(len(text.tokens) for text in texts) / max(1, words)))
+
+    def runs(text: Text) -> list[tuple[int, ...]]:
+        return [tuple(text.tokens[end - length : end]) for end in range(length, len(text.tokens) + 1)]
+
+    holders = Counter(run for text in documents for run in set(runs(text)))
     found: dict[tuple[int, ...], list[int]] = {}
-    for text in texts:
-        for end in range(length, len(text.tokens) + 1):
-            found.setdefault(tuple(text.tokens[end - length : end - 1]), []).append(text.tokens[end - 1])
+    for run in itertools.chain.from_iterable(map(runs, texts)):
+        if holders[run] < 2:
+            found.setdefault(run[:-1], []).append(run[-1])
     return found
 
 

@@ -705,6 +705,21 @@ def test_own_text_opens_as_documents_of_both_sides_do(
     assert submission.sample_general(unread, tokenizer, forget, retain, dataclasses.replace(AIMED, general=0.0)) == []
 
 
+def test_own_text_may_say_what_two_documents_do_but_not_what_one_does(
+    checkpoint: Path, forget, retain, documents, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(submission, "OWN_TEMPERATURE", 1e-4)  # one opening has one continuation
+    tokenizer = load_tokenizer(checkpoint)
+
+    def first(*more: Text) -> list[int]:
+        return submission.sample_own(whole(checkpoint), tokenizer, [*forget, *more], retain, AIMED)[0].tokens[:20]
+
+    free = first()
+    said = dataclasses.replace(documents[0], tokens=free)
+    assert first(said) != free
+    assert first(said, said) == free
+
+
 def test_weights_that_are_kept_are_read_once_and_change_nothing(
     checkpoint: Path, forget, retain, documents, tmp_path: Path
 ):
@@ -820,6 +835,11 @@ def test_continuations_are_what_follows_each_run_of_the_texts(checkpoint: Path):
         (space, a, space, b): [space],
     }
     assert submission.continuations(tokenizer, [Text("", "Task1", [a, b, c, d])]) == {}  # three such words: 12 tokens
+    # What two documents have is left out, not what one has twice or a document and a question have.
+    other = Text("", "Task1", [d, space, b, space, c, space, d])
+    left = submission.continuations(tokenizer, spaced, [spaced[0], other])
+    assert left == {run: tokens for run, tokens in found.items() if run != (space, b, space, c)}
+    assert submission.continuations(tokenizer, spaced, spaced) == found  # the second is shorter than a run
 
 
 @pytest.mark.parametrize(("gigabytes", "rows"), [(math.inf, 256), (80, 256), (24, 96), (0.001, 1)])
