@@ -258,14 +258,14 @@ def test_a_draw_asks_the_questions_that_its_target_asks(tmp_path: Path):
     chosen = {"source": "mmlu", "subjects": ["anatomy"], "questions": 3}
     target = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())["targets"]["tiny"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"targets": {"mine": {**target, "multiple_choice": chosen}}}))
-    words = ["-n", "results/mine-26/original/mmlu.jsonl", "--configfile", str(tmp_path / "config.yaml")]
+    words = ["-n", "results/mine-31/original/mmlu.jsonl", "--configfile", str(tmp_path / "config.yaml")]
     (command,) = re.findall(r"pipeline.mmlu .+", snakemake(clean_copy(tmp_path / "checkout"), *words).stdout)
     assert "--data data/raw/mmlu --subjects anatomy --questions 3 " in command
 
 
 def test_draws_start_from_one_base(tmp_path: Path):
     fresh = clean_copy(tmp_path / "checkout")
-    done = snakemake(fresh, "-n", "models/135m-26/original", "models/135m-27/original")
+    done = snakemake(fresh, "-n", "models/135m-31/original", "models/135m-32/original")
     assert done.returncode == 0, done.stderr
     assert re.findall(r"output: (models/\S+/base)", done.stdout + done.stderr) == ["models/135m/base"]
 
