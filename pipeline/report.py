@@ -139,6 +139,7 @@ def loss_pictures(losses: Sequence[dict[str, list[float]]], results: Sequence[di
             "source": _data_address(loss_picture(sets, edges, highest)),
             "medians": {kind: median(values) for kind, values in sets.items()},
             "auc": result.get("mia_loss_acc"),
+            "counts": {kind: len(values) for kind, values in sets.items()},
             "unseen": unseen_mia_score(len(sets["member"]), len(sets["nonmember"])),
         }
         for sets, result in zip(losses, results, strict=True)

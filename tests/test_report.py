@@ -346,7 +346,7 @@ def test_medians_and_areas_stand_beside_the_pictures(results: Path):
     assert "untouched: AUC 1.00. Median loss: members 0.15, non-members 2.00" in words
     assert "unlearned: AUC 0.75. Median loss: members 1.95, non-members 2.10" in words
     # Of 4 and 3 documents: the area has the variance 8 / 144, and the mean of |x| is sqrt(2 / pi) of its deviation.
-    assert "never seen would have a MIA score of 0.62 ± 0.28" in words
+    assert "4 of them among 3 would have a MIA score of 0.62 ± 0.28" in words
 
 
 # ---- one file, whole in itself ----

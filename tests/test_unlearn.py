@@ -840,6 +840,8 @@ def test_continuations_are_what_follows_each_run_of_the_texts(checkpoint: Path):
     left = submission.continuations(tokenizer, spaced, [spaced[0], other])
     assert left == {run: tokens for run, tokens in found.items() if run != (space, b, space, c)}
     assert submission.continuations(tokenizer, spaced, spaced) == found  # the second is shorter than a run
+    twice = Text("", "Task1", [a, space, b, space, c, space, a, space, b, space, c])
+    assert submission.continuations(tokenizer, spaced, [twice]) == found
 
 
 @pytest.mark.parametrize(("gigabytes", "rows"), [(math.inf, 256), (80, 256), (24, 96), (0.001, 1)])
