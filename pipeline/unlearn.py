@@ -94,6 +94,7 @@ ATTACKED = ("Task3", "sc")  # the documents that the judge's membership attack a
 COPIES = 4  # mixtures that each piece of a document is in
 LEAST = 0.02  # nats that a token is to lose
 PIECE = 4  # words of a document that stay together in the mixtures that say which of them any document may have
+TOLD = 128  # tokens whose logits are held at once
 GRADIENT_TOKENS = 2048  # of a batch whose logits or gradients are taken
 SHORT = 128  # tokens: for rows up to there gradients of torch's fused attention take a CPU longer than of the plain one
 FORMED_BYTES = 1 << 30  # of gradients in a matrix, of all rows, that are formed together
@@ -841,12 +842,30 @@ class Upper:
         tokens = [rows.texts[row].tokens for row in chosen]
         ends = zip(hidden, tokens, counted, strict=True)
         before = torch.cat([states[len(row) - 1 - count : len(row) - 1] for states, row, count in ends])
-        logits = (self.norm(before) @ self.head.T).float()
-        right = torch.tensor(
-            [token for row, count in zip(tokens, counted, strict=True) for token in row[-count:]], device=logits.device
-        )[:, None]
-        odds = logits.gather(1, right) - logits.scatter(1, right, -math.inf).logsumexp(dim=1, keepdim=True)
-        return list(odds[:, 0].split(counted))
+        right = torch.cat([torch.tensor(row[-count:]) for row, count in zip(tokens, counted, strict=True)])
+        normed = self.norm(before)
+        found = [
+            self.told(*part, slopes=passed is not None)
+            for part in zip(normed.detach().split(TOLD), right.to(normed.device).split(TOLD), strict=True)
+        ]
+        if passed:
+            passed.before, passed.slopes = normed, torch.cat([slopes for _, slopes in found])
+        return list(torch.cat([odds for odds, _ in found]).split(counted))
+
+    @torch.no_grad()
+    def told(self, normed: Tensor, right: Tensor, slopes: bool) -> tuple[Tensor, Tensor]:
+        """Return ln p / (1 - p) of the right tokens, (tokens,), and its gradient in what enters the head if asked.
+
+        Of so few tokens at once that memory is used again: on a CPU new memory takes longer than what is computed.
+        """
+        logits = (normed @ self.head.T).float()
+        mine = logits.gather(1, right[:, None])
+        logits.scatter_(1, right[:, None], -math.inf)  # the others' sum, not 1 - p, which is lost where p is near 1
+        top = logits.amax(dim=1, keepdim=True)
+        others = logits.sub_(top).exp_()
+        total = others.sum(dim=1, keepdim=True)
+        gradient = self.head[right] - others.div_(total).to(normed.dtype) @ self.head if slopes else normed[:0]
+        return (mine - top - total.log())[:, 0], gradient
 
     @torch.no_grad()
     def all_log_odds(self, rows: Rows) -> list[Tensor]:
@@ -896,10 +915,12 @@ def add_rows(gram: Tensor, entering: list[Tensor], weights: list[Tensor]) -> Non
 
 @dataclasses.dataclass
 class Passed:
-    """What passes the blocks that change, (rows, tokens, width) by block."""
+    """What passes the blocks that change, (rows, tokens, width) by block; and the head, (counted tokens, hidden)."""
 
     entering: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # down_proj
     leaving: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # the block
+    before: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))  # what enters the head
+    slopes: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))  # the log odds' gradient in that
 
 
 @dataclasses.dataclass
@@ -925,9 +946,10 @@ def pulls_of(upper: Upper, rows: Rows, wanted: dict[int, Tensor]) -> list[Pull]:
         batch = [chosen[place] for place in places]
         passed = Passed()
         with attention_for(max(len(rows.texts[row].tokens) for row in batch), upper.decoder.device):
-            found = zip(batch, upper.log_odds(rows, batch, weights, passed), strict=True)
-            total = torch.stack([(asked[row].to(odds.device) * odds).sum() for row, odds in found]).sum()
-            found_gradients = torch.autograd.grad(total, list(passed.leaving.values()))
+            upper.log_odds(rows, batch, weights, passed)
+            slopes = torch.cat([asked[row] for row in batch])[:, None].to(passed.slopes.device) * passed.slopes
+            slopes = slopes.to(passed.slopes.dtype)
+            found_gradients = torch.autograd.grad(passed.before, list(passed.leaving.values()), slopes)
         gradients = dict(zip(passed.leaving, found_gradients, strict=True))
         for place, row in enumerate(batch):
             own = slice(len(rows.texts[row].tokens))
