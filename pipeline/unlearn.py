@@ -868,13 +868,15 @@ class Upper:
         return (mine - top - total.log())[:, 0], gradient
 
     @torch.no_grad()
-    def all_log_odds(self, rows: Rows) -> list[Tensor]:
-        """Return the log odds of each row's tokens that count, on the CPU."""
+    def all_log_odds(self, rows: Rows, chosen: Sequence[int] | None = None) -> list[Tensor]:
+        """Return the log odds of the tokens that count in the chosen rows, or in all, on the CPU."""
+        chosen = range(len(rows.texts)) if chosen is None else chosen
         weights = {index: matrix.to(self.decoder.dtype) for index, matrix in self.matrices.items()}
         found: dict[int, Tensor] = {}
-        for chosen in batches([len(text.tokens) for text in rows.texts], GRADIENT_TOKENS, ALIKE):
-            found |= zip(chosen, (odds.cpu() for odds in self.log_odds(rows, chosen, weights)), strict=True)
-        return [found[row] for row in range(len(rows.texts))]
+        for places in batches([len(rows.texts[row].tokens) for row in chosen], GRADIENT_TOKENS, ALIKE):
+            odds = self.log_odds(rows, [chosen[place] for place in places], weights)
+            found |= zip(places, (row.cpu() for row in odds), strict=True)
+        return [found[place] for place in range(len(chosen))]
 
     def mean_loss(self, rows: Rows) -> float:
         """Return the mean loss of all tokens that count, nats."""
@@ -936,26 +938,36 @@ class Pull:
     entering: dict[int, Tensor]  # a by block, (tokens, intermediate)
 
 
-def pulls_of(upper: Upper, rows: Rows, wanted: dict[int, Tensor]) -> list[Pull]:
-    """Return what rows ask for; `wanted`, by row, is by how much each token's log odds are to change, (counted,)."""
+def pulls_of(upper: Upper, rows: Rows, asks: Callable[[int, Tensor], Tensor], likely: set[int]) -> dict[int, Pull]:
+    """Return by row what it asks for, of those that ask for a change.
+
+    `asks` says of a row and its tokens' log odds by how much each is to change, (counted,). Rows that are `likely` to
+    ask run once, ready for gradients; others run ready for them once they have asked.
+    """
     weights = {index: matrix.to(upper.decoder.dtype) for index, matrix in upper.matrices.items()}
-    asked = {row: rows.weights[row] * change for row, change in wanted.items()}
-    chosen = list(wanted)
-    pulls = []
+    others = [row for row in range(len(rows.texts)) if row not in likely]
+    asking = {row for row, odds in zip(others, upper.all_log_odds(rows, others), strict=True) if asks(row, odds).any()}
+    chosen = sorted(likely | asking)
+    pulls = {}
     for places in batches([len(rows.texts[row].tokens) for row in chosen], GRADIENT_TOKENS, ALIKE):
         batch = [chosen[place] for place in places]
         passed = Passed()
         with attention_for(max(len(rows.texts[row].tokens) for row in batch), upper.decoder.device):
-            upper.log_odds(rows, batch, weights, passed)
+            found = zip(batch, upper.log_odds(rows, batch, weights, passed), strict=True)
+            wanted = {row: asks(row, odds.cpu()) for row, odds in found}
+            if not any(change.any() for change in wanted.values()):
+                continue
+            asked = {row: rows.weights[row] * change for row, change in wanted.items()}
             slopes = torch.cat([asked[row] for row in batch])[:, None].to(passed.slopes.device) * passed.slopes
             slopes = slopes.to(passed.slopes.dtype)
             found_gradients = torch.autograd.grad(passed.before, list(passed.leaving.values()), slopes)
         gradients = dict(zip(passed.leaving, found_gradients, strict=True))
         for place, row in enumerate(batch):
-            own = slice(len(rows.texts[row].tokens))
-            # Of 7B these are 2.4 GB for every ten thousand tokens: they wait outside the GPU.
-            parts = ({n: part[place, own].cpu() for n, part in by.items()} for by in (gradients, passed.entering))
-            pulls.append(Pull((asked[row] * wanted[row]).sum().item(), *parts))
+            if wanted[row].any():
+                own = slice(len(rows.texts[row].tokens))
+                # Of 7B these are 2.4 GB for every ten thousand tokens: they wait outside the GPU.
+                parts = ({n: part[place, own].cpu() for n, part in by.items()} for by in (gradients, passed.entering))
+                pulls[row] = Pull((asked[row] * wanted[row]).sum().item(), *parts)
     return pulls
 
 
@@ -977,26 +989,30 @@ def step(upper: Upper, pulls: list[Pull], whitenings: dict[int, Tensor]) -> None
     groups = list(batches([len(pull.entering[upper.first]) for pull in pulls], GRADIENT_TOKENS))
     products = torch.zeros(len(pulls), len(pulls), dtype=torch.float64)
     for index, whitening in whitenings.items():
+        gradients = [pull.gradients[index].to(whitening.device) for pull in pulls]
+        dtype = gradients[0].dtype
         white: dict[int, Tensor] = {}
+        # V a is small where much is held: V in one part of the gradients' precision would lose it, in two it does not.
+        high = whitening.to(dtype)
+        low = (whitening - high.float()).to(dtype)
         for group in groups:
             a = torch.cat([pulls[n].entering[index].to(whitening.device) for n in group])
-            lengths = [len(pulls[n].entering[index]) for n in group]
-            white |= zip(group, torch.split((a.float() @ whitening.T).to(a.dtype), lengths), strict=True)
+            found = a @ high.T if dtype == whitening.dtype else a @ high.T + a @ low.T
+            white |= zip(group, found.split([len(pulls[n].entering[index]) for n in group]), strict=True)
         for n, part in white.items():
             pulls[n].entering[index] = part.cpu()  # V a in its place: a was needed here for the last time
-        gradients = [pull.gradients[index].to(whitening.device) for pull in pulls]
         hidden, intermediate = upper.matrices[index].shape
-        together = max(1, FORMED_BYTES // (4 * len(pulls) * intermediate))
+        together = max(1, FORMED_BYTES // (dtype.itemsize * len(pulls) * intermediate))
         for first in range(0, hidden, together):
             units = slice(first, first + together)
-            formed = torch.stack([(g[:, units].T @ white[n]).float().flatten() for n, g in enumerate(gradients)])
-            products += (formed @ formed.T).double().cpu()
+            formed = torch.stack([g[:, units].T @ white[n] for n, g in enumerate(gradients)], dim=1)
+            products += (formed @ formed.mT).double().sum(dim=0).cpu()  # of each unit by itself: rounding evens out
     factors = nonnegative(products, [pull.wanted for pull in pulls])
     for index, matrix in upper.matrices.items():
         total = torch.zeros_like(matrix)
         for group in groups:
-            g = torch.cat([factors[n] * pulls[n].gradients[index].to(matrix.device, torch.float32) for n in group])
-            total += g.T @ torch.cat([pulls[n].entering[index].to(matrix.device, torch.float32) for n in group])
+            g = torch.cat([factors[n] * pulls[n].gradients[index].to(matrix.device) for n in group])
+            total += g.T @ torch.cat([pulls[n].entering[index].to(matrix.device) for n in group])
         matrix += total @ whitenings[index]
 
 
@@ -1052,9 +1068,15 @@ def aim(
     unseen = [upper.whole(texts) for texts in (mixed, own, mixed_own)]
     estimated = bool(mixed and mixed_own)  # of one document there is no mixture
 
+    goals = list(aims)
+    sides: list[tuple[Rows, Callable[[int, Tensor], Tensor]]] = [
+        (lowered, lambda row, odds: lowering(odds, goals[row], lowered.weights[row], is_document(forget[row]))),
+        (raised, lambda row, odds: raising(odds, known[row])),
+    ]
     saved = progress.load("rounds") if progress else {}
     done = int(saved.pop("done")) if saved else 0
     level = saved.pop("level").item() if saved else 0.0
+    likely = [set(saved.pop(f"asked {n}").tolist()) for n in (0, 1)] if saved else [set(range(len(forget))), set()]
     for index, matrix in saved.items():
         upper.matrices[int(index)].copy_(matrix)
     if done >= settings.rounds:  # killed after the last one
@@ -1062,7 +1084,6 @@ def aim(
     longest = due = 0.0
     for number in tqdm(range(done, settings.rounds), desc="rounds", mininterval=2):
         begun = time.monotonic()
-        goals = list(aims)
         fresh = number % 2 == 1 or not estimated
         if fresh and estimated:  # it may take as long as the rest of a round, and changes slowly
             level = unseen_loss(upper, unseen)
@@ -1070,16 +1091,9 @@ def aim(
             factor = level / torch.cat([aims[row] for row in kinds[attacked]]).mean().item()
             for row in kinds[attacked]:
                 goals[row] = factor * aims[row]
-        wanted = [
-            lowering(odds, goal, weights, is_document(text))
-            for odds, goal, weights, text in zip(
-                upper.all_log_odds(lowered), goals, lowered.weights, forget, strict=True
-            )
-        ]
-        again = [raising(*pair) for pair in zip(upper.all_log_odds(raised), known, strict=True)]
-        pulls = []
-        for rows, changes in ((lowered, wanted), (raised, again)):
-            pulls += pulls_of(upper, rows, {row: change for row, change in enumerate(changes) if change.any()})
+        found = [pulls_of(upper, *side, asked) for side, asked in zip(sides, likely, strict=True)]
+        likely = [set(pulls) for pulls in found]
+        pulls = [pull for side in found for pull in side.values()]
         if pulls:
             step(upper, pulls, whitenings)
         if not all(matrix.isfinite().all() for matrix in upper.matrices.values()):
@@ -1087,6 +1101,7 @@ def aim(
         if progress:
             state = {str(index): matrix for index, matrix in upper.matrices.items()}
             state |= {"done": torch.tensor(number + 1), "level": torch.tensor(level, dtype=torch.float64)}
+            state |= {f"asked {n}": torch.tensor(sorted(rows)) for n, rows in enumerate(likely)}
             progress.save("rounds", state)
         given = time.monotonic()
         longest = max(longest, given - begun)
