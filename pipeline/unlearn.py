@@ -846,11 +846,11 @@ class Upper:
         normed = self.norm(before)
         found = [
             self.told(*part, slopes=passed is not None)
-            for part in zip(normed.detach().split(TOLD), right.to(normed.device).split(TOLD), strict=True)
+            for part in zip(torch.split(normed.detach(), TOLD), torch.split(right.to(normed.device), TOLD), strict=True)
         ]
         if passed:
             passed.before, passed.slopes = normed, torch.cat([slopes for _, slopes in found])
-        return list(torch.cat([odds for odds, _ in found]).split(counted))
+        return list(torch.split(torch.cat([odds for odds, _ in found]), counted))
 
     @torch.no_grad()
     def told(self, normed: Tensor, right: Tensor, slopes: bool) -> tuple[Tensor, Tensor]:
@@ -998,7 +998,7 @@ def step(upper: Upper, pulls: list[Pull], whitenings: dict[int, Tensor]) -> None
         for group in groups:
             a = torch.cat([pulls[n].entering[index].to(whitening.device) for n in group])
             found = a @ high.T if dtype == whitening.dtype else a @ high.T + a @ low.T
-            white |= zip(group, found.split([len(pulls[n].entering[index]) for n in group]), strict=True)
+            white |= zip(group, torch.split(found, [len(pulls[n].entering[index]) for n in group]), strict=True)
         for n, part in white.items():
             pulls[n].entering[index] = part.cpu()  # V a in its place: a was needed here for the last time
         hidden, intermediate = upper.matrices[index].shape

@@ -352,7 +352,6 @@ def test_each_row_pulls_along_the_gradient_of_what_it_asks_for_in_the_whole_mode
     rows = upper.rows(forget, answers(forget))
     wanted = {row: torch.linspace(-2, 1, len(rows.weights[row])) for row in (0, 3, 4)}
 
-
     def asks(row: int, odds: torch.Tensor) -> torch.Tensor:
         torch.testing.assert_close(odds.double(), log_odds(model, forget[row], len(odds)), rtol=1e-3, atol=1e-3)
         return wanted.get(row, torch.zeros_like(odds))
