@@ -120,6 +120,20 @@ def test_rows_that_do_not_fit_into_the_cache_together_are_written_in_turn(model,
     assert widths.count(1) == sum(len(row) - 1 for row in expected)
 
 
+def test_rows_that_would_need_more_padding_than_another_step_costs_are_written_in_turn(
+    model, ids, expected, stop, monkeypatch
+):
+    weights = sum(one.nbytes for one in model.parameters())
+    longest = {}  # steps of the rows of each length: beside its first token a row takes a step for each
+    for row, tokens in zip(ids, expected, strict=True):
+        longest[len(row)] = max(longest.get(len(row), 0), len(tokens) - 1)
+    for spared, steps_taken in ((0, sum(longest.values())), (1 << 30, max(longest.values()))):
+        monkeypatch.setattr(generation, "PADDING_BYTES", spared - weights)
+        widths, found = steps(model, lambda: greedy(model, ids, NEW, stop))
+        assert found == expected
+        assert widths.count(1) == steps_taken
+
+
 def test_writing_ends_where_it_is_decided(model, ids, said):
     asked = []
 

@@ -22,6 +22,7 @@ from pipeline.lib.inference import Tokens, batches, pad_right, spare_memory, usu
 from pipeline.lib.models import Model, Tokenizer, encode
 from pipeline.lib.stage import BadInput
 
+PADDING_BYTES = 32 << 20  # of padding, read in a step, take a CPU about as long as the calls that a step makes
 CACHE_BYTES = 1 << 30  # keys and values of the rows that are written together; on a GPU, half of what the weights leave
 SEARCH: dict[
     str, object
@@ -123,6 +124,8 @@ def greedy(
     """
     given = [draft[:max_new_tokens] for draft in drafts or [[]] * len(prompts)]
     room = CACHE_BYTES if model.device.type == "cpu" else spare_memory(model) / 2
+    # A group of its own costs a step's calls and another reading of the weights; so much padding it may save.
+    spared = PADDING_BYTES + sum(weight.nbytes for weight in model.parameters())
     found: list[Tokens] = [[] for _ in prompts]
     group: list[Row] = []
 
@@ -131,9 +134,11 @@ def greedy(
 
     def fits(row: Row) -> bool:
         """Say whether `row` may be written together with the group."""
-        longest = max(one.length + max_new_tokens - len(one.tokens) for one in (*group, row))
-        size = (len(group) + 1) * longest * row.states[:, :, 0].nbytes
-        return not group or size <= room
+        rows, position = [*group, row], row.states[:, :, 0].nbytes
+        longest = max(one.length + max_new_tokens - len(one.tokens) for one in rows)
+        start = max(one.length for one in rows)
+        padding = sum(start - one.length for one in rows)
+        return not group or (len(rows) * longest * position <= room and padding * position <= spared)
 
     def write() -> None:
         for row, tokens in zip(group, finish(model, group, max_new_tokens, ended), strict=True):
