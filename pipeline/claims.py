@@ -255,10 +255,7 @@ def submission(study: Study, seed: int) -> dict[int, Tensor]:
     settings = dataclasses.replace(unlearn.settings_for(study.decoder.depth), seed=seed)
     forget, retain = study.texts["forget"], study.texts["retain"]
     model = functools.cache(lambda: unlearn.whole_model(study.folder, retain[-1]))  # in the submission's precision
-    general, own = (
-        sample(model, study.tokenizer, forget, retain, settings)
-        for sample in (unlearn.sample_general, unlearn.sample_own)
-    )
+    general, own = unlearn.sample_texts(model, study.tokenizer, forget, retain, settings)
     model.cache_clear()
     *_, (_, matrices) = unlearn.aim(study.decoder, forget, retain, general, own, settings, float("inf"))
     return matrices
@@ -969,8 +966,8 @@ def read_study(args: argparse.Namespace) -> Study:
     decoder = unlearn.Decoder(args.original)
     if decoder.depth <= FIRST:
         raise BadInput(f"{args.original}: {decoder.depth} blocks: there is no whole window of three")
-    settings = unlearn.settings_for(decoder.depth)
-    general = unlearn.sample_general(
+    settings = unlearn.settings_for(decoder.depth, "solve")
+    general, _ = unlearn.sample_texts(
         lambda: unlearn.whole_model(args.original, texts["retain"][-1]),
         tokenizer,
         texts["forget"],

@@ -41,8 +41,8 @@ def save_inputs(model: Path, forget_folder: Path, retain_folder: Path, output: P
     tokenizer = unlearn.read_tokenizer(model, decoder.config.vocab_size)
     forget = unlearn.read_texts(forget_folder, "forget", tokenizer)
     retain = unlearn.read_texts(retain_folder, "retain", tokenizer)
-    settings = unlearn.settings_for(decoder.depth)
-    general = unlearn.sample_general(
+    settings = unlearn.settings_for(decoder.depth, "solve")
+    general, _ = unlearn.sample_texts(
         lambda: unlearn.whole_model(model, retain[-1]), tokenizer, forget, retain, settings
     )
     tokens = torch.tensor([text.tokens for text in general])

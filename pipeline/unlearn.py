@@ -24,7 +24,7 @@ changes, and other text pays for it. So what is submitted (`aim`, the default) k
   linear solve (`step`), for the gradient of log odds in W_l is known; it is repeated, some rounds, as Gauss and Newton
   do.
 - Held are the retain rows and text sampled from the model, which stands for all else that it knows
-  (`sample_general`). Retain tokens that become doubtful all the same are raised in the same solve.
+  (`general_wishes`). Retain tokens that become doubtful all the same are raised in the same solve.
 - A document is to become as surprising as one never seen, and no more, for an attack by loss asks about that. No unseen
   document is given; how surprising one would be is estimated (`unseen_loss`).
 
@@ -102,6 +102,7 @@ DAMPING = 0.01  # of the equations between rows, as a part of their diagonal
 ALIKE = 0.8  # the shortest row of a batch over the longest: padding is work
 STRIP = 256  # columns of a symmetric sum that are computed together
 NOVEL = 3  # words: so many in a row of a row that was memorised are not written again; see `continuations`
+GENERAL_LENGTH = 128  # tokens of each text that stands for all else that the model knows
 OPENED = 3  # tokens of a retain row that open a text of its kind
 TEMPERATURE = 1.15  # of sampled text
 OWN = 48  # texts that the model writes as it writes documents, to measure how surprising an unseen one is
@@ -205,14 +206,13 @@ def unlearn(
                 found = descend(decoder, forget, retain, settings, deadline, progress)
             else:
                 model = functools.cache(lambda: whole_model(Path(model_path), retain[-1]))
+                own = [in_words(tokenizer, text) for text in progress.texts("own")]
                 if not inputs_path:
-                    general = progress.texts("general") or sample_general(model, tokenizer, forget, retain, settings)
-                    progress.save("general", {str(n): torch.tensor(text.tokens) for n, text in enumerate(general)})
-                if settings.method == "aim":
-                    own = [in_words(tokenizer, text) for text in progress.texts("own")] or sample_own(
-                        model, tokenizer, forget, retain, settings
-                    )
-                    progress.write("own", {str(n): torch.tensor(text.tokens) for n, text in enumerate(own)})
+                    general = progress.texts("general")
+                    if not general:
+                        general, own = sample_texts(model, tokenizer, forget, retain, settings)
+                    for name, texts in (("own", own), ("general", general)):  # the last one says that both are there
+                        progress.write(name, {str(n): torch.tensor(text.tokens) for n, text in enumerate(texts)})
                 model.cache_clear()  # the whole model is not needed any more
                 if settings.method == "aim":
                     found = aim(decoder, forget, retain, general, own, settings, deadline, progress)
@@ -818,7 +818,8 @@ class Upper:
     ) -> list[Tensor]:
         """Return ln p / (1 - p) of each token that counts in the chosen rows, (counted,) each; `weights`: down_proj.
 
-        In `passed` it puts what passes the blocks that change, for gradients to be taken.
+        In `passed` it puts what passes the blocks that change, for gradients to be taken; they begin with what enters
+        the head and the log odds' gradient in that, for the log odds themselves carry none.
         """
 
         def run(index: int, hidden: Tensor) -> Tensor:
@@ -849,7 +850,7 @@ class Upper:
             for part in zip(torch.split(normed.detach(), TOLD), torch.split(right.to(normed.device), TOLD), strict=True)
         ]
         if passed:
-            passed.before, passed.slopes = normed, torch.cat([slopes for _, slopes in found])
+            passed.normed, passed.slopes = normed, torch.cat([slopes for _, slopes in found])
         return list(torch.split(torch.cat([odds for odds, _ in found]), counted))
 
     @torch.no_grad()
@@ -917,12 +918,14 @@ def add_rows(gram: Tensor, entering: list[Tensor], weights: list[Tensor]) -> Non
 
 @dataclasses.dataclass
 class Passed:
-    """What passes the blocks that change, (rows, tokens, width) by block; and the head, (counted tokens, hidden)."""
+    """What passes the blocks that change, (rows, tokens, width) by block; what enters the head, (counted, hidden)."""
 
     entering: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # down_proj
     leaving: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # the block
-    before: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))  # what enters the head
-    slopes: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))  # the log odds' gradient in that
+    normed: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))  # what enters the head
+    slopes: Tensor = dataclasses.field(
+        default_factory=lambda: torch.empty(0)
+    )  # each token's log odds' gradient in that
 
 
 @dataclasses.dataclass
@@ -942,12 +945,12 @@ def pulls_of(upper: Upper, rows: Rows, asks: Callable[[int, Tensor], Tensor], li
     """Return by row what it asks for, of those that ask for a change.
 
     `asks` says of a row and its tokens' log odds by how much each is to change, (counted,). Rows that are `likely` to
-    ask run once, ready for gradients; others run ready for them once they have asked.
+    ask run once, ready for gradients; others without, and again with them if they ask.
     """
-    weights = {index: matrix.to(upper.decoder.dtype) for index, matrix in upper.matrices.items()}
     others = [row for row in range(len(rows.texts)) if row not in likely]
     asking = {row for row, odds in zip(others, upper.all_log_odds(rows, others), strict=True) if asks(row, odds).any()}
     chosen = sorted(likely | asking)
+    weights = {index: matrix.to(upper.decoder.dtype) for index, matrix in upper.matrices.items()}
     pulls = {}
     for places in batches([len(rows.texts[row].tokens) for row in chosen], GRADIENT_TOKENS, ALIKE):
         batch = [chosen[place] for place in places]
@@ -960,13 +963,16 @@ def pulls_of(upper: Upper, rows: Rows, asks: Callable[[int, Tensor], Tensor], li
             asked = {row: rows.weights[row] * change for row, change in wanted.items()}
             slopes = torch.cat([asked[row] for row in batch])[:, None].to(passed.slopes.device) * passed.slopes
             slopes = slopes.to(passed.slopes.dtype)
-            found_gradients = torch.autograd.grad(passed.before, list(passed.leaving.values()), slopes)
+            found_gradients = torch.autograd.grad(passed.normed, list(passed.leaving.values()), slopes)
         gradients = dict(zip(passed.leaving, found_gradients, strict=True))
         for place, row in enumerate(batch):
             if wanted[row].any():
                 own = slice(len(rows.texts[row].tokens))
-                # Of 7B these are 2.4 GB for every ten thousand tokens: they wait outside the GPU.
-                parts = ({n: part[place, own].cpu() for n, part in by.items()} for by in (gradients, passed.entering))
+                # Of 7B these are 2.4 GB for every ten thousand tokens: they wait outside the GPU, without the others'.
+                parts = (
+                    {n: part[place, own].to("cpu", copy=True) for n, part in by.items()}
+                    for by in (gradients, passed.entering)
+                )
                 pulls[row] = Pull((asked[row] * wanted[row]).sum().item(), *parts)
     return pulls
 
@@ -993,16 +999,21 @@ def step(upper: Upper, pulls: list[Pull], whitenings: dict[int, Tensor]) -> None
         dtype = gradients[0].dtype
         white: dict[int, Tensor] = {}
         # V a is small where much is held: V in one part of the gradients' precision would lose it, in two it does not.
-        high = whitening.to(dtype)
-        low = (whitening - high.float()).to(dtype)
+        parts = [whitening.to(dtype)]
+        if dtype != whitening.dtype:
+            parts.append((whitening - parts[0].float()).to(dtype))
         for group in groups:
             a = torch.cat([pulls[n].entering[index].to(whitening.device) for n in group])
-            found = a @ high.T if dtype == whitening.dtype else a @ high.T + a @ low.T
-            white |= zip(group, torch.split(found, [len(pulls[n].entering[index]) for n in group]), strict=True)
+            lengths = [len(pulls[n].entering[index]) for n in group]
+            found = a @ parts[0].T
+            for part in parts[1:]:
+                found += a @ part.T
+            white |= zip(group, torch.split(found, lengths), strict=True)
         for n, part in white.items():
             pulls[n].entering[index] = part.cpu()  # V a in its place: a was needed here for the last time
         hidden, intermediate = upper.matrices[index].shape
-        together = max(1, FORMED_BYTES // (dtype.itemsize * len(pulls) * intermediate))
+        size = len(pulls) * (dtype.itemsize * intermediate + (dtype.itemsize + 8) * len(pulls))  # with their products
+        together = max(1, FORMED_BYTES // size)
         for first in range(0, hidden, together):
             units = slice(first, first + together)
             formed = torch.stack([g[:, units].T @ white[n] for n, g in enumerate(gradients)], dim=1)
@@ -1076,10 +1087,12 @@ def aim(
     saved = progress.load("rounds") if progress else {}
     done = int(saved.pop("done")) if saved else 0
     level = saved.pop("level").item() if saved else 0.0
-    likely = [set(saved.pop(f"asked {n}").tolist()) for n in (0, 1)] if saved else [set(range(len(forget))), set()]
+    likely = [set(range(len(forget))), set[int]()]  # all ask at first, of retain rows few do
+    if saved:
+        likely = [set(saved.pop(f"asked {n}").tolist()) for n in (0, 1)]
     for index, matrix in saved.items():
         upper.matrices[int(index)].copy_(matrix)
-    if done >= settings.rounds:  # killed after the last one
+    if done == settings.rounds:  # killed after the last one
         yield 0.0, upper.matrices
     longest = due = 0.0
     for number in tqdm(range(done, settings.rounds), desc="rounds", mininterval=2):
@@ -1091,8 +1104,9 @@ def aim(
             factor = level / torch.cat([aims[row] for row in kinds[attacked]]).mean().item()
             for row in kinds[attacked]:
                 goals[row] = factor * aims[row]
-        found = [pulls_of(upper, *side, asked) for side, asked in zip(sides, likely, strict=True)]
-        likely = [set(pulls) for pulls in found]
+        moved = sides if number else sides[:1]  # at first no retain token has
+        found = [pulls_of(upper, *side, asked) for side, asked in zip(moved, likely, strict=False)]
+        likely = [*(set(pulls) for pulls in found), set()][:2]
         pulls = [pull for side in found for pull in side.values()]
         if pulls:
             step(upper, pulls, whitenings)
@@ -1100,7 +1114,8 @@ def aim(
             raise BadInput(f"the changes are not finite: the ridge {settings.ridge} is out of range")
         if progress:
             state = {str(index): matrix for index, matrix in upper.matrices.items()}
-            state |= {"done": torch.tensor(number + 1), "level": torch.tensor(level, dtype=torch.float64)}
+            done = settings.rounds if fresh and not pulls else number + 1
+            state |= {"done": torch.tensor(done), "level": torch.tensor(level, dtype=torch.float64)}
             state |= {f"asked {n}": torch.tensor(sorted(rows)) for n, rows in enumerate(likely)}
             progress.save("rounds", state)
         given = time.monotonic()
@@ -1233,23 +1248,44 @@ def cut(text: Text, size: int) -> list[range]:
     return [range(*ends) for ends in itertools.pairwise([*starts, len(text.words)])]
 
 
-@torch.no_grad()
-def sample_general(
-    model: Callable[[], Any], tokenizer: Any, forget: list[Text], retain: list[Text], settings: Settings
-) -> list[Text]:
-    """Return text that the model itself writes, half of it opened as a retain row is, half as MMLU's prompts are.
+@dataclasses.dataclass(frozen=True)
+class Wish:
+    """A text that the model is to write: `opening`, then tokens drawn at a temperature, `length` in all."""
 
-    A sample of all else that it knows, held in place as the retain rows do not touch it: other text of the rows' own
-    kinds, which suffers first, and questions with their answers. Rows that it has memorised it may not write
+    opening: list[int]
+    length: int
+    temperature: float
+    barred: dict[tuple[int, ...], list[int]]  # by the last tokens, all runs of one length, those that may not follow
+
+
+@torch.no_grad()
+def sample_texts(
+    model: Callable[[], Any], tokenizer: Any, forget: list[Text], retain: list[Text], settings: Settings
+) -> tuple[list[Text], list[Text]]:
+    """Return general text and, for aimed steering, own text, both written by the model itself; no other data enters."""
+    general = general_wishes(tokenizer, forget, retain, settings)
+    own = own_wishes(tokenizer, forget, retain) if settings.method == "aim" else []
+    written = sample(model, [*own, *general], settings.seed, tokenizer.eos_token_id)
+    texts = [in_words(tokenizer, Text(f"own {n}", "own", tokens)) for n, tokens in enumerate(written[: len(own)])]
+    return (
+        [Text(f"general {n}", "general", tokens) for n, tokens in enumerate(written[len(own) :])],
+        [text for text in texts if len(text.tokens) > 1],
+    )
+
+
+def general_wishes(tokenizer: Any, forget: list[Text], retain: list[Text], settings: Settings) -> list[Wish]:
+    """Ask for texts half of which are opened as a retain row is, half as MMLU's prompts are.
+
+    A sample of all else that the model knows, held in place as the retain rows do not touch it: other text of the rows'
+    own kinds, which suffers first, and questions with their answers. Rows that it has memorised it may not write
     (`continuations`), for what it recites is held already, or to be forgotten; nor may it end a text, to go on with one
     of another kind. Unseen text is more surprising than what a model likes to write: so it is drawn at a temperature
-    above 1. No data but the model's own enters.
+    above 1.
     """
-    length = 128
-    wanted = round(settings.general_ratio * sum(len(text.tokens) for text in retain) / length)
+    wanted = round(settings.general_ratio * sum(len(text.tokens) for text in retain) / GENERAL_LENGTH)
     if settings.general == 0 or wanted == 0:
         return []
-    generator = torch.Generator(device()).manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
     kinds = sorted({kind_of(text) for text in retain})
     rows = [[text.tokens for text in retain if kind_of(text) == kind] for kind in kinds]
     before = len(_encode(tokenizer, ""))  # tokens that it puts before a text, if any
@@ -1257,17 +1293,14 @@ def sample_general(
     openings = []
     for number in range(wanted):
         own = rows[number // 2 % len(rows)]
-        row = own[int(torch.randint(len(own), (1,), generator=generator, device=device()))]
+        row = own[int(torch.randint(len(own), (1,), generator=generator))]
         openings.append(questions if number % 2 else row[: before + OPENED])
-    written = sample(model(), tokenizer, openings, length, forget + retain, generator, TEMPERATURE)
-    return [Text(f"general {n}", "general", tokens) for n, tokens in enumerate(written)]
+    barred = continuations(tokenizer, forget + retain)
+    return [Wish(opening, GENERAL_LENGTH, TEMPERATURE, barred) for opening in openings]
 
 
-@torch.no_grad()
-def sample_own(
-    model: Callable[[], Any], tokenizer: Any, forget: list[Text], retain: list[Text], settings: Settings
-) -> list[Text]:
-    """Return `OWN` texts that the model writes as it writes documents, opened as those that the attack asks about.
+def own_wishes(tokenizer: Any, forget: list[Text], retain: list[Text]) -> list[Wish]:
+    """Ask for `OWN` texts as the model writes documents, opened as those that the attack asks about.
 
     They are of about the same length, recite nothing but phrases that several documents have, as an unseen one may have
     them too, and are drawn at a temperature at which they are as surprising to the model as what others wrote. They are
@@ -1275,15 +1308,13 @@ def sample_own(
     """
     kind = attacked_kind(forget)
     documents = [text for text in forget + retain if kind_of(text) == kind]
-    if not documents:
+    length = min(OWN_LENGTH, round(statistics.mean(len(text.tokens) for text in documents))) if documents else 0
+    if length < 2:
         return []
-    length = min(OWN_LENGTH, round(statistics.mean(len(text.tokens) for text in documents)))
     before = len(_encode(tokenizer, ""))
     openings = [documents[n % len(documents)].tokens[: before + OPENED] for n in range(OWN)]
-    generator = torch.Generator(device()).manual_seed(settings.seed)
-    written = sample(model(), tokenizer, openings, length, forget + retain, generator, OWN_TEMPERATURE, documents)
-    own = [in_words(tokenizer, Text(f"own {n}", "own", tokens)) for n, tokens in enumerate(written)]
-    return [text for text in own if len(text.tokens) > 1]
+    barred = continuations(tokenizer, forget + retain, documents)
+    return [Wish(opening, length, OWN_TEMPERATURE, barred) for opening in openings]
 
 
 def whole_model(folder: Path, text: Text) -> Any:
@@ -1298,38 +1329,28 @@ def whole_model(folder: Path, text: Text) -> Any:
     return model
 
 
-def sample(
-    model: Any,
-    tokenizer: Any,
-    openings: list[list[int]],
-    length: int,
-    known: list[Text],
-    generator: torch.Generator,
-    temperature: float,
-    documents: Sequence[Text] = (),
-) -> list[list[int]]:
-    """Return texts of `length` tokens that the model goes on with after `openings`.
-
-    Nothing of `known` is recited but what more than one of `documents` says.
-    """
-    barred = continuations(tokenizer, known, documents)
+def sample(model: Callable[[], Any], wishes: Sequence[Wish], seed: int, end: int) -> list[list[int]]:
+    """Return the tokens of the texts; the model is asked for only if there are any. `end` is never written."""
+    if not wishes:
+        return []
     written: list[list[int]] = []
-    together = rows_together(model, length, torch.cuda.mem_get_info()[1] if device().type == "cuda" else math.inf)
-    for first in range(0, len(openings), together):
-        part = openings[first : first + together]
-        written += write(model, part, length, generator, barred, tokenizer.eos_token_id, temperature)
+    generator = torch.Generator(device()).manual_seed(seed)
+    memory = torch.cuda.mem_get_info()[1] if device().type == "cuda" else math.inf
+    together = rows_together(model(), max(wish.length for wish in wishes), memory)
+    for first in range(0, len(wishes), together):
+        written += write(model(), wishes[first : first + together], generator, end)
     return written
 
 
 def rows_together(model: Any, length: int, memory: float) -> int:
-    """Return how many texts to sample at once: 256, or fewer if their keys and values took more than `PART` of memory.
+    """Return how many texts to sample at once: 512, or fewer if their keys and values took more than `PART` of memory.
 
     On 7B in bfloat16 these take 67 MB a text of 128 tokens.
     """
     config = model.config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     size = 2 * config.num_hidden_layers * config.num_key_value_heads * width * model.dtype.itemsize * length
-    return max(1, int(min(256, PART * memory / size)))
+    return max(1, int(min(512, PART * memory / size)))
 
 
 @torch.no_grad()
@@ -1373,35 +1394,30 @@ def continuations(
 
 
 @torch.no_grad()
-def write(
-    model: Any,
-    openings: list[list[int]],
-    length: int,
-    generator: torch.Generator,
-    barred: dict[tuple[int, ...], list[int]],
-    end: int,
-    temperature: float = TEMPERATURE,
-) -> list[list[int]]:
-    """Return `length` tokens a row: its opening, and what the model goes on with, sampled.
-
-    No row goes on as `barred` has it, by the last tokens (all runs of one length) those that may not follow; nor with
-    the token `end`.
-    """
-    reach = len(next(iter(barred), ()))
-    rows = [opening[:1] for opening in openings]
-    past = None
-    for place in range(1, length):
-        last = torch.tensor([row[-1:] for row in rows], device=generator.device)
+def write(model: Any, wishes: Sequence[Wish], generator: torch.Generator, end: int) -> list[list[int]]:
+    """Return the tokens of the texts, a token a step on all that are not complete; none writes the token `end`."""
+    rows = [wish.opening[:1] for wish in wishes]
+    reaches = [len(next(iter(wish.barred), ())) for wish in wishes]
+    temperatures = torch.tensor([wish.temperature for wish in wishes], device=generator.device)[:, None]
+    going = list(range(len(wishes)))
+    past: Any = None
+    for place in range(1, max(wish.length for wish in wishes)):
+        left = [at for at, number in enumerate(going) if wishes[number].length > place]
+        if len(left) < len(going):
+            going = [going[at] for at in left]
+            past.batch_select_indices(torch.tensor(left, device=generator.device))
+        last = torch.tensor([rows[number][-1:] for number in going], device=generator.device)
         output = model(input_ids=last, past_key_values=past, use_cache=True)
         past = output.past_key_values
         logits = output.logits[:, -1].float()
         logits[:, end] = -math.inf
-        for number, row in enumerate(rows):
-            if known := barred.get(tuple(row[-reach:])):
-                logits[number, known] = -math.inf
-        drawn = draw(logits / temperature, generator)[:, 0].tolist()
-        for row, opening, token in zip(rows, openings, drawn, strict=True):
-            row.append(opening[place] if place < len(opening) else token)
+        for at, number in enumerate(going):
+            if known := wishes[number].barred.get(tuple(rows[number][-reaches[number] :])):
+                logits[at, known] = -math.inf
+        drawn = draw(logits / temperatures[going], generator)[:, 0].tolist()
+        for number, token in zip(going, drawn, strict=True):
+            opening = wishes[number].opening
+            rows[number].append(opening[place] if place < len(opening) else token)
     return rows
 
 

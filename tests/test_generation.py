@@ -120,18 +120,21 @@ def test_rows_that_do_not_fit_into_the_cache_together_are_written_in_turn(model,
     assert widths.count(1) == sum(len(row) - 1 for row in expected)
 
 
-def test_rows_that_would_need_more_padding_than_another_step_costs_are_written_in_turn(
-    model, ids, expected, stop, monkeypatch
+@pytest.mark.parametrize(("padding", "groups"), [(54, 1), (53, 2), (23, 2), (9, 3), (0, 5)])
+def test_rows_are_written_together_as_long_as_padding_costs_less_than_a_step(
+    model, ids, said, monkeypatch, padding, groups
 ):
+    """To 17 tokens those of 7, 4, 2 and 1 need 10, 13, 15 and 16 more."""
+    assert sorted(map(len, ids)) == [1, 2, 4, 7, 17]
     weights = sum(one.nbytes for one in model.parameters())
-    longest = {}  # steps of the rows of each length: beside its first token a row takes a step for each
-    for row, tokens in zip(ids, expected, strict=True):
-        longest[len(row)] = max(longest.get(len(row), 0), len(tokens) - 1)
-    for spared, steps_taken in ((0, sum(longest.values())), (1 << 30, max(longest.values()))):
-        monkeypatch.setattr(generation, "PADDING_BYTES", spared - weights)
-        widths, found = steps(model, lambda: greedy(model, ids, NEW, stop))
-        assert found == expected
-        assert widths.count(1) == steps_taken
+    monkeypatch.setattr(generation, "PADDING_BYTES", padding * token_bytes(model) - weights)
+    widths, found = steps(model, lambda: greedy(model, ids, NEW, set()))
+    assert found == said
+    assert widths.count(1) == groups * (NEW - 1)
+    if padding == 0:
+        widths, found = steps(model, lambda: greedy(model, [*ids, *ids], NEW, set()))
+        assert found == [*said, *said]
+        assert widths.count(1) == groups * (NEW - 1)  # rows of the same length need none
 
 
 def test_writing_ends_where_it_is_decided(model, ids, said):

@@ -59,8 +59,8 @@ def test_the_seed_varies_the_directions_and_not_the_general_text(
     shared = weights(checkpoint, data, tmp_path / "shared", other, inputs)
     assert shared != weights(checkpoint, data, tmp_path / "own text", other, None)
     assert shared != weights(checkpoint, data, tmp_path / "seed 0", WINDOW, inputs)
-    sample = submission.sample_general
-    monkeypatch.setattr(submission, "sample_general", lambda *texts: sample(*texts[:-1], WINDOW))
+    sample = submission.sample_texts
+    monkeypatch.setattr(submission, "sample_texts", lambda *texts: sample(*texts[:-1], WINDOW))
     assert shared == weights(checkpoint, data, tmp_path / "text of seed 0", other, None)
 
 
@@ -91,7 +91,7 @@ def test_a_run_from_the_inputs_runs_no_block_below_and_samples_nothing(
     read = []
     block = submission.Decoder.block
     monkeypatch.setattr(submission.Decoder, "block", lambda self, index: read.append(index) or block(self, index))
-    monkeypatch.setattr(submission, "sample_general", lambda *_: pytest.fail("text was sampled"))
+    monkeypatch.setattr(submission, "sample_texts", lambda *_: pytest.fail("text was sampled"))
     weights(checkpoint, data, tmp_path / "out", WINDOW, inputs)
     assert read == [2, 2, 3, 4]  # the first once more, for what it is assumed to do
 

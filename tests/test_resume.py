@@ -113,7 +113,7 @@ def test_a_kill_leaves_what_was_done_and_no_result(output: Path, method: str):
         saved
         == {
             "aim": ["general.safetensors", "kept.safetensors", "own.safetensors", "rounds.safetensors"],
-            "solve": ["block-2.safetensors", "block-3.safetensors", "general.safetensors"],
+            "solve": ["block-2.safetensors", "block-3.safetensors", "general.safetensors", "own.safetensors"],
             "descend": ["descent.safetensors", "kept.safetensors"],
         }[method]
     )
@@ -148,8 +148,13 @@ def test_a_solved_block_is_not_solved_again(checkpoint: Path, data: Path, left, 
     assert same == {2: True, 3: False, 4: False}
 
 
-def test_aimed_steering_goes_on_after_the_last_saved_round(checkpoint: Path, data: Path, left, tmp_path: Path):
-    """Two of four rounds were saved; without their state all four are run again."""
+def test_aimed_steering_goes_on_after_the_last_saved_round(
+    checkpoint: Path, data: Path, left, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Two of four rounds were saved; without their state all four are run again, the last two as they were."""
+    asked: list[set[int]] = []
+    pulls_of = submission.pulls_of
+    monkeypatch.setattr(submission, "pulls_of", lambda *args: (asked.append(args[-1]), pulls_of(*args))[1])
     folder = shutil.copytree(left["aim"] / ".unfinished", tmp_path / "unfinished")
     sides = sides_of(checkpoint, data)
 
@@ -161,9 +166,26 @@ def test_aimed_steering_goes_on_after_the_last_saved_round(checkpoint: Path, dat
         return [rounds_left for rounds_left, _ in found]
 
     assert rounds()[0] == 1.0 and int(load_file(folder / "rounds.safetensors")["done"]) == 4
+    gone_on = asked.copy()
     assert rounds() == [0.0]  # killed after the last one
     (folder / "rounds.safetensors").unlink()
+    asked.clear()
     assert rounds()[0] == 3.0
+    assert gone_on == asked[-4:] and len({frozenset(rows) for rows in gone_on}) > 1  # two rounds of both sides
+
+
+def test_a_run_that_was_killed_when_all_had_lost_enough_runs_no_round_more(
+    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    sides = sides_of(checkpoint, data)
+    monkeypatch.setattr(submission, "pulls_of", lambda *_: {})
+    left_over = []
+    for _ in range(2):
+        progress = Progress(tmp_path / "unfinished", "run")
+        found = submission.aim(Decoder(checkpoint), *sides, [], [], AIMED, math.inf, progress)
+        left_over.append([rounds_left for rounds_left, _ in found])
+        monkeypatch.setattr(submission, "pulls_of", lambda *_: pytest.fail("a round more"))
+    assert left_over == [[3.0], [0.0]]
 
 
 @pytest.mark.parametrize("size", [100, 200_000], ids=["not even the state", "the state, not the model"])

@@ -342,9 +342,18 @@ def test_log_odds_are_those_of_the_whole_model_with_the_matrices(checkpoint: Pat
 @pytest.mark.parametrize("short", [0, 128])  # fused attention, or plain
 @pytest.mark.parametrize("limit", [30, 2048])
 @pytest.mark.parametrize("likely", [set(), {0, 1}, {0, 1, 2, 3, 4}])  # ready for gradients at once
+@pytest.mark.parametrize("told", [7, 128])  # tokens whose logits are held at once
 def test_each_row_pulls_along_the_gradient_of_what_it_asks_for_in_the_whole_model(
-    checkpoint: Path, forget, again: bool, short: int, limit: int, likely: set[int], monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path,
+    forget,
+    again: bool,
+    short: int,
+    limit: int,
+    likely: set[int],
+    told: int,
+    monkeypatch: pytest.MonkeyPatch,
 ):
+    monkeypatch.setattr(submission, "TOLD", told)
     monkeypatch.setattr(submission, "SHORT", short)
     monkeypatch.setattr(submission, "GRADIENT_TOKENS", limit)
     model, upper = moved(checkpoint, (1, 4))
@@ -356,8 +365,14 @@ def test_each_row_pulls_along_the_gradient_of_what_it_asks_for_in_the_whole_mode
         torch.testing.assert_close(odds.double(), log_odds(model, forget[row], len(odds)), rtol=1e-3, atol=1e-3)
         return wanted.get(row, torch.zeros_like(odds))
 
+    ran = Counter[int]()
+    log_odds_of = upper.log_odds
+    monkeypatch.setattr(
+        upper, "log_odds", lambda own, batch, *more: (ran.update(batch), log_odds_of(own, batch, *more))[1]
+    )
     found = submission.pulls_of(upper, rows, asks, likely)
     assert set(found) == set(wanted)
+    assert ran == {row: 2 if row in wanted and row not in likely else 1 for row in range(len(forget))}
     for row, pull in found.items():
         asked = rows.weights[row] * wanted[row]
         total = (asked * log_odds(model, forget[row], len(asked))).sum()
@@ -429,7 +444,7 @@ def test_a_step_gives_every_pull_what_it_asks_for_and_holds_the_rest_best(
 
 
 def test_a_step_in_bfloat16_loses_nothing_where_much_is_held(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
-    """There V a is a small rest of large numbers, which V in one part of 8 bits does not leave."""
+    """There V a is a small rest of large numbers, lost if V has only the 8 bits of bfloat16."""
     monkeypatch.setattr(submission, "DAMPING", 0.0)
     generator = torch.Generator().manual_seed(0)
     upper = submission.Upper(Decoder(checkpoint, torch.float32), (1, 4))
@@ -644,8 +659,16 @@ def known_of(folder: Path, texts: list[Text], matrices: dict[int, torch.Tensor])
     return (found > 0).double().mean().item(), torch.nn.functional.softplus(-found).mean().item()
 
 
+def sample_own(model, tokenizer, forget, retain) -> list[Text]:
+    return submission.sample_texts(model, tokenizer, forget, retain, dataclasses.replace(AIMED, general=0.0))[1]
+
+
+def sample_general(model, tokenizer, forget, retain, settings: Settings) -> list[Text]:
+    return submission.sample_texts(model, tokenizer, forget, retain, dataclasses.replace(settings, method="solve"))[0]
+
+
 def aim_of(folder: Path, forget, retain, settings: Settings, deadline: float = math.inf):
-    own = submission.sample_own(whole(folder), load_tokenizer(folder), forget, retain, settings)
+    own = sample_own(whole(folder), load_tokenizer(folder), forget, retain)
     arguments = Decoder(folder, torch.float32), forget, retain, [], own, settings, deadline
     return [(left, {n: matrix.clone() for n, matrix in found.items()}) for left, found in submission.aim(*arguments)]
 
@@ -712,14 +735,14 @@ def test_own_text_opens_as_documents_of_both_sides_do(
     checkpoint: Path, forget, retain, documents, monkeypatch: pytest.MonkeyPatch
 ):
     tokenizer = load_tokenizer(checkpoint)
-    own = submission.sample_own(whole(checkpoint), tokenizer, forget, retain, AIMED)
+    own = sample_own(whole(checkpoint), tokenizer, forget, retain)
     both = [*documents, *(text for text in retain if submission.kind_of(text) == submission.ATTACKED)]
     assert len(own) == submission.OWN
     for number, text in enumerate(own):
         assert text.tokens[: submission.OPENED] == both[number % len(both)].tokens[: submission.OPENED]
         assert text.words == sorted(text.words) and len(text.words) == len(text.tokens)
     monkeypatch.setattr(submission, "OWN_TEMPERATURE", 1e-4)  # then one opening has one continuation
-    cold = submission.sample_own(whole(checkpoint), tokenizer, forget, retain, AIMED)
+    cold = sample_own(whole(checkpoint), tokenizer, forget, retain)
     assert len({tuple(text.tokens) for text in cold}) < submission.OWN / 4  # but for ties in bfloat16
     assert len({tuple(text.tokens) for text in own}) == submission.OWN
     asked = [text for text in forget if not submission.is_document(text)]
@@ -727,8 +750,8 @@ def test_own_text_opens_as_documents_of_both_sides_do(
     def unread():
         pytest.fail("a model was read, though nothing is sampled")
 
-    assert submission.sample_own(unread, tokenizer, asked, retain, AIMED) == []
-    assert submission.sample_general(unread, tokenizer, forget, retain, dataclasses.replace(AIMED, general=0.0)) == []
+    assert sample_own(unread, tokenizer, asked, retain) == []
+    assert sample_general(unread, tokenizer, forget, retain, dataclasses.replace(AIMED, general=0.0)) == []
 
 
 def test_own_text_may_say_what_two_documents_do_but_not_what_one_does(
@@ -738,7 +761,7 @@ def test_own_text_may_say_what_two_documents_do_but_not_what_one_does(
     tokenizer = load_tokenizer(checkpoint)
 
     def first(*more: Text) -> list[int]:
-        return submission.sample_own(whole(checkpoint), tokenizer, [*forget, *more], retain, AIMED)[0].tokens[:20]
+        return sample_own(whole(checkpoint), tokenizer, [*forget, *more], retain)[0].tokens[:20]
 
     free = first()
     said = dataclasses.replace(documents[0], tokens=free)
@@ -785,10 +808,8 @@ def test_with_a_token_before_each_text_sampled_text_has_it_once(checkpoint: Path
         [dataclasses.replace(text, tokens=[begin, *text.tokens], prompt=text.prompt + 1) for text in texts]
         for texts in (forget, retain)
     ]
-    general = submission.sample_general(
-        whole(checkpoint), tokenizer, *both, dataclasses.replace(SOLVED, general_ratio=5.0)
-    )
-    own = submission.sample_own(whole(checkpoint), tokenizer, *both, AIMED)
+    general = sample_general(whole(checkpoint), tokenizer, *both, dataclasses.replace(SOLVED, general_ratio=5.0))
+    own = sample_own(whole(checkpoint), tokenizer, *both)
     for text in [*general, *own]:
         assert text.tokens[0] == begin
     for text in own:
@@ -807,7 +828,7 @@ def runs_of(tokens: list[int], length: int, start: int = 0) -> set[tuple[int, ..
 def test_general_text_opens_as_retain_rows_and_questions_do_and_recites_no_row(checkpoint: Path, forget, retain, rows):
     tokenizer = load_tokenizer(checkpoint)
     settings = dataclasses.replace(SOLVED, general_ratio=100.0)  # more than one batch
-    texts = submission.sample_general(whole(checkpoint), tokenizer, forget, retain, settings)
+    texts = sample_general(whole(checkpoint), tokenizer, forget, retain, settings)
     assert len(texts) == round(100 * sum(len(text.tokens) for text in retain) / 128) > 256
     assert all(len(text.tokens) == 128 for text in texts)
     end = tokenizer.eos_token_id
@@ -834,7 +855,7 @@ def test_what_the_model_would_write_is_not_written_once_a_row_of_either_side_has
     def second(forget, retain):
         ratio = 4 * 128 / sum(len(text.tokens) for text in retain)
         settings = dataclasses.replace(SOLVED, general_ratio=ratio)
-        return submission.sample_general(whole(checkpoint), tokenizer, forget, retain, settings)[1].tokens
+        return sample_general(whole(checkpoint), tokenizer, forget, retain, settings)[1].tokens
 
     free = second(forget, retain)
     row = Text("Task2n9sc1", "Task2", free)
@@ -870,7 +891,7 @@ def test_continuations_are_what_follows_each_run_of_the_texts(checkpoint: Path):
     assert submission.continuations(tokenizer, spaced, [twice]) == found
 
 
-@pytest.mark.parametrize(("gigabytes", "rows"), [(math.inf, 256), (80, 256), (24, 96), (0.001, 1)])
+@pytest.mark.parametrize(("gigabytes", "rows"), [(math.inf, 512), (80, 320), (24, 96), (0.001, 1)])
 def test_so_many_texts_are_sampled_together_as_a_gpu_has_room_for(gigabytes: float, rows: int):
     """On 7B a text of 128 tokens takes 64 MiB (32 blocks, keys and values of 4096 numbers of 2 bytes), of a quarter."""
     with torch.device("meta"):
@@ -879,14 +900,31 @@ def test_so_many_texts_are_sampled_together_as_a_gpu_has_room_for(gigabytes: flo
     assert submission.rows_together(model, 128, gigabytes * 2**30) == rows
 
 
+def texts_of(model, openings, length: int, barred: dict, temperature: float, seed: int, end: int) -> list[list[int]]:
+    wishes = [submission.Wish(opening, length, temperature, barred) for opening in openings]
+    return submission.write(model, wishes, torch.Generator().manual_seed(seed), end)
+
+
+def test_texts_of_two_kinds_are_written_together_as_each_asks(checkpoint: Path):
+    """So cold that nothing is left to chance, each is what it is alone; a warm one beside them is not."""
+    model, barred = load_model(checkpoint), {(41, 42): [43]}
+    cold = [submission.Wish([n, n + 1], 6 + 3 * (n % 4), 1e-6, barred if n % 2 else {}) for n in range(40, 52)]
+    warm = submission.Wish([40, 41], 20, 3.0, {})
+    alone = [submission.write(model, [wish], torch.Generator().manual_seed(0), 0)[0] for wish in cold]
+    assert [len(tokens) for tokens in alone] == [wish.length for wish in cold]
+    *together, last = submission.write(model, [*cold, warm], torch.Generator().manual_seed(1), 0)
+    assert together == alone
+    assert len(last) == 20 and last[:6] != alone[0][:6]
+
+
 def test_what_is_barred_is_not_written_and_nothing_else_changes(checkpoint: Path):
     """The same random numbers write the same until a run would be complete; there they write another token."""
     model, end = load_model(checkpoint), 0
     openings = [[n, n + 1] for n in range(40, 60)]
-    free = submission.write(model, openings, 24, torch.Generator().manual_seed(1), {}, end)
+    free = texts_of(model, openings, 24, {}, 1.15, 1, end)
     barred = {tuple(row[8:11]): [row[11]] for row in free}
     assert len(barred) == len(free)
-    held = submission.write(model, openings, 24, torch.Generator().manual_seed(1), barred, end)
+    held = texts_of(model, openings, 24, barred, 1.15, 1, end)
     for before, after in zip(free, held, strict=True):
         assert len(after) == 24 and after[:2] == before[:2]
         assert after[:11] == before[:11] and after[11] != before[11]
@@ -897,7 +935,7 @@ def test_what_is_barred_is_not_written_and_nothing_else_changes(checkpoint: Path
 def test_text_is_drawn_at_a_temperature_above_one_without_the_end(checkpoint: Path):
     """Against the softmax of the logits over 1.15: the share of the likeliest 30 tokens, which tells temperatures."""
     model, end, draws = load_model(checkpoint), 7, 50000
-    rows = submission.write(model, [[50]] * draws, 2, torch.Generator().manual_seed(0), {}, end)
+    rows = texts_of(model, [[50]] * draws, 2, {}, 1.15, 0, end)
     with torch.no_grad():
         logits = model(torch.tensor([[50]])).logits[0, -1]
     logits[end] = -math.inf

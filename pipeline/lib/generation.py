@@ -11,6 +11,7 @@ decoding, arXiv 2211.17192, here greedy, with a known text in the place of a sma
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
@@ -123,9 +124,10 @@ def greedy(
     `undecided`, asked with a prompt's number and what is written, may end a row earlier.
     """
     given = [draft[:max_new_tokens] for draft in drafts or [[]] * len(prompts)]
-    room = CACHE_BYTES if model.device.type == "cpu" else spare_memory(model) / 2
-    # A group of its own costs a step's calls and another reading of the weights; so much padding it may save.
-    spared = PADDING_BYTES + sum(weight.nbytes for weight in model.parameters())
+    room, spared = spare_memory(model) / 2, inf
+    if model.device.type == "cpu":
+        # To write rows apart costs the steps' calls and another reading of the weights: padding may take as long.
+        room, spared = CACHE_BYTES, PADDING_BYTES + sum(weight.nbytes for weight in model.parameters())
     found: list[Tokens] = [[] for _ in prompts]
     group: list[Row] = []
 
@@ -135,10 +137,10 @@ def greedy(
     def fits(row: Row) -> bool:
         """Say whether `row` may be written together with the group."""
         rows, position = [*group, row], row.states[:, :, 0].nbytes
-        longest = max(one.length + max_new_tokens - len(one.tokens) for one in rows)
         start = max(one.length for one in rows)
+        end = start + max(max_new_tokens - len(one.tokens) for one in rows)
         padding = sum(start - one.length for one in rows)
-        return not group or (len(rows) * longest * position <= room and padding * position <= spared)
+        return not group or (len(rows) * end * position <= room and padding * position <= spared)
 
     def write() -> None:
         for row, tokens in zip(group, finish(model, group, max_new_tokens, ended), strict=True):
