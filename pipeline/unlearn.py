@@ -109,6 +109,7 @@ OWN = 48  # texts that the model writes as it writes documents, to measure how s
 OWN_LENGTH = 256  # tokens of each, at most
 OWN_TEMPERATURE = 1.25
 UNSEEN = 1.1  # what an unseen document loses, as a multiple of the estimate in `unseen_loss`
+SPREAD = 0.2  # of the level, the standard deviation of what documents are to lose: see `spread`
 QUESTIONS = (
     "The following are multiple choice questions (with answers) about"  # the model goes on with subjects it knows
 )
@@ -1061,10 +1062,10 @@ def aim(
     Each token of a forget row is to lose so much, in nats: half of what a guess among all tokens loses. Of documents
     only in the mean: their tokens are to lose more or less, by what the untouched model loses on them in `mixtures`,
     where the words before do not tell them, so that phrases which any document may have stay. And documents that the
-    attack asks about are to lose what an unseen one would (`unseen_loss`, found anew in every second round; in the
-    first they aim as other documents do). A row that loses as much in the mean is left alone, a document that loses
-    more is pulled back. Tokens of retain answers that do not lead by `LEAD` any more are raised in the same step. Each
-    row has a factor of its own in it: some respond ten times as much as others.
+    attack asks about are to lose, about (`spread`), what an unseen one would (`unseen_loss`, found anew in every second
+    round; in the first they aim as other documents do). A row that loses as much in the mean is left alone, a document
+    that loses more is pulled back. Tokens of retain answers that do not lead by `LEAD` any more are raised in the same
+    step. Each row has a factor of its own in it: some respond ten times as much as others.
     """
     upper = Upper(decoder, settings.trained)
     lowered = upper.rows(forget, [lowered_weights(text) for text in forget])
@@ -1101,9 +1102,9 @@ def aim(
         if fresh and estimated:  # it may take as long as the rest of a round, and changes slowly
             level = unseen_loss(upper, unseen)
         if attacked and level:
-            factor = level / torch.cat([aims[row] for row in kinds[attacked]]).mean().item()
-            for row in kinds[attacked]:
-                goals[row] = factor * aims[row]
+            means = [aims[row].mean().item() for row in kinds[attacked]]
+            for row, mean, goal in zip(kinds[attacked], means, spread(means, level), strict=True):
+                goals[row] = goal / mean * aims[row]
         moved = sides if number else sides[:1]  # at first no retain token has
         found = [pulls_of(upper, *side, asked) for side, asked in zip(moved, likely, strict=False)]
         likely = [*(set(pulls) for pulls in found), set()][:2]
@@ -1151,6 +1152,17 @@ def untouched_aims(upper: Upper, rows: Rows, kinds: dict[tuple[str, str], list[i
         for row, aimed in zip(own, counted, strict=True):
             aims[row] = aimed
     return aims
+
+
+def spread(means: list[float], level: float) -> list[float]:
+    """Return goals in the order of the `means`, normally distributed about `level`, by `SPREAD` of it.
+
+    The level is an estimate. An attack tells members by where their losses are among those of others: the wider the
+    documents' are spread, the less it gains from an error of a few percent in their mean.
+    """
+    ranks = {place: rank for rank, place in enumerate(sorted(range(len(means)), key=lambda place: means[place]))}
+    normal = statistics.NormalDist(level, SPREAD * level)
+    return [normal.inv_cdf((ranks[place] + 0.5) / len(means)) for place in range(len(means))]
 
 
 def lowering(odds: Tensor, goal: Tensor, weights: Tensor, document: bool) -> Tensor:
