@@ -26,7 +26,8 @@ changes, and other text pays for it. So what is submitted (`aim`, the default) k
 - Held are the retain rows and text sampled from the model, which stands for all else that it knows
   (`general_wishes`). Retain tokens that become doubtful all the same are raised in the same solve.
 - A document is to become as surprising as one never seen, and no more, for an attack by loss asks about that. No unseen
-  document is given; how surprising one would be is estimated (`unseen_loss`).
+  document is given; how surprising one would be is estimated (`unseen_loss`), and goals are spread about the estimate
+  (`spread`).
 
 RMU and Adaptive RMU themselves are here for the study of blocks and claims:
 
