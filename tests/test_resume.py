@@ -152,6 +152,7 @@ def test_aimed_steering_goes_on_after_the_last_saved_round(
     checkpoint: Path, data: Path, left, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Two of four rounds were saved; without their state all four are run again, the last two as they were."""
+    monkeypatch.setattr(submission, "SAVING", math.inf)  # every round, on however slow a disk
     asked: list[set[int]] = []
     pulls_of = submission.pulls_of
     monkeypatch.setattr(submission, "pulls_of", lambda *args: (asked.append(args[-1]), pulls_of(*args))[1])
