@@ -841,9 +841,11 @@ def runs_of(tokens: list[int], length: int, start: int = 0) -> set[tuple[int, ..
 
 def test_general_text_opens_as_retain_rows_and_questions_do_and_recites_no_row(checkpoint: Path, forget, retain, rows):
     tokenizer = load_tokenizer(checkpoint)
-    settings = dataclasses.replace(SOLVED, general_ratio=100.0)  # more than one batch
+    settings = dataclasses.replace(SOLVED, general_ratio=250.0)  # more than one batch
+    wishes = submission.general_wishes(tokenizer, forget, retain, settings)
+    assert {wish.temperature for wish in wishes} == {submission.TEMPERATURE}
     texts = sample_general(whole(checkpoint), tokenizer, forget, retain, settings)
-    assert len(texts) == round(100 * sum(len(text.tokens) for text in retain) / 128) > 256
+    assert len(texts) == round(250 * sum(len(text.tokens) for text in retain) / 128) > 512
     assert all(len(text.tokens) == 128 for text in texts)
     end = tokenizer.eos_token_id
     asked = [end, *tokenizer(submission.QUESTIONS).input_ids]
@@ -949,7 +951,7 @@ def test_what_is_barred_is_not_written_and_nothing_else_changes(checkpoint: Path
 def test_text_is_drawn_at_a_temperature_above_one_without_the_end(checkpoint: Path):
     """Against the softmax of the logits over 1.15: the share of the likeliest 30 tokens, which tells temperatures."""
     model, end, draws = load_model(checkpoint), 7, 50000
-    rows = texts_of(model, [[50]] * draws, 2, {}, 1.15, 0, end)
+    rows = texts_of(model, [[50]] * draws, 2, {}, submission.TEMPERATURE, 0, end)
     with torch.no_grad():
         logits = model(torch.tensor([[50]])).logits[0, -1]
     logits[end] = -math.inf
