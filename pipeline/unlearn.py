@@ -83,6 +83,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import Cache, DynamicLayer
 
 Module = Any  # a decoder block; its parts are the model's own
 
@@ -106,7 +107,7 @@ NOVEL = 3  # words: so many in a row of a row that was memorised are not written
 GENERAL_LENGTH = 128  # tokens of each text that stands for all else that the model knows
 OPENED = 3  # tokens of a retain row that open a text of its kind
 TEMPERATURE = 1.15  # of sampled text
-OWN = 48  # texts that the model writes as it writes documents, to measure how surprising an unseen one is
+OWN = 36  # texts that the model writes as it writes documents, to measure how surprising an unseen one is
 OWN_LENGTH = 256  # tokens of each, at most
 OWN_TEMPERATURE = 1.25
 UNSEEN = 1.1  # what an unseen document loses, as a multiple of the estimate in `unseen_loss`
@@ -140,7 +141,7 @@ class Settings:
     general: float = 1.5  # weight of general text, sampled from the model, against 1 for the retain rows
     general_ratio: float = 2.5  # tokens of general text for each retain token
     ridge: float = 1e-5  # added to the normal equations, as a part of their mean diagonal
-    rounds: int = 7  # of aimed steering, at most
+    rounds: int = 6  # of aimed steering, at most
     # descent
     learning_rate: float = 5e-5
     batch_size: int = 8  # rows of each side
@@ -1063,10 +1064,10 @@ def aim(
     Each token of a forget row is to lose so much, in nats: half of what a guess among all tokens loses. Of documents
     only in the mean: their tokens are to lose more or less, by what the untouched model loses on them in `mixtures`,
     where the words before do not tell them, so that phrases which any document may have stay. And documents that the
-    attack asks about are to lose, about (`spread`), what an unseen one would (`unseen_loss`, found anew in every second
-    round; in the first they aim as other documents do). A row that loses as much in the mean is left alone, a document
-    that loses more is pulled back. Tokens of retain answers that do not lead by `LEAD` any more are raised in the same
-    step. Each row has a factor of its own in it: some respond ten times as much as others.
+    attack asks about are to lose, about (`spread`), what an unseen one would (`unseen_loss`, found in every second
+    round; before, they aim as other documents do). A row that loses as much in the mean is left alone, a document that
+    loses more is pulled back. Tokens of retain answers that do not lead by `LEAD` any more are raised in the same step,
+    and in the last round they alone. Each row has a factor of its own in it: some respond ten times as much as others.
     """
     upper = Upper(decoder, settings.trained)
     lowered = upper.rows(forget, [lowered_weights(text) for text in forget])
@@ -1099,16 +1100,21 @@ def aim(
     longest = due = 0.0
     for number in tqdm(range(done, settings.rounds), desc="rounds", mininterval=2):
         begun = time.monotonic()
-        fresh = number % 2 == 1 or not estimated
+        first, final = number == 0, number + 1 == settings.rounds
+        fresh = not estimated or not (first or final or number % 2)
         if fresh and estimated:  # it may take as long as the rest of a round, and changes slowly
             level = unseen_loss(upper, unseen)
         if attacked and level:
             means = [aims[row].mean().item() for row in kinds[attacked]]
             for row, mean, goal in zip(kinds[attacked], means, spread(means, level), strict=True):
                 goals[row] = goal / mean * aims[row]
-        moved = sides if number else sides[:1]  # at first no retain token has
-        found = [pulls_of(upper, *side, asked) for side, asked in zip(moved, likely, strict=False)]
-        likely = [*(set(pulls) for pulls in found), set()][:2]
+        # In the first round no retain token has moved yet; the last one is theirs alone, to raise what moved before it.
+        looked_at = (first or not final, not first)
+        found = [
+            pulls_of(upper, *side, asked) if look else {}
+            for side, asked, look in zip(sides, likely, looked_at, strict=True)
+        ]
+        likely = [set(pulls) for pulls in found]
         pulls = [pull for side in found for pull in side.values()]
         if pulls:
             step(upper, pulls, whitenings)
@@ -1122,7 +1128,7 @@ def aim(
             progress.save("rounds", state)
         given = time.monotonic()
         longest = max(longest, given - begun)
-        last = (fresh and not pulls) or number + 1 == settings.rounds or given + longest > deadline
+        last = (fresh and not pulls) or final or given + longest > deadline
         if given >= due or last:
             yield float(settings.rounds - number - 1), upper.matrices
             due = time.monotonic() + (time.monotonic() - given) / SAVING
@@ -1406,6 +1412,34 @@ def continuations(
     return found
 
 
+class Room(DynamicLayer):  # type: ignore[no-untyped-call]
+    """A block's keys and values, with room for all positions taken once: transformers' own copies all at each step."""
+
+    def __init__(self, positions: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.positions = positions
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_args: object, **_more: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write what is new, (rows, heads, new positions, head width), behind what is there, and return all."""
+        new = key_states, value_states
+        if not self.is_initialized:
+            self.lazy_initialization(*new)
+            self.room = [states.new_empty(*states.shape[:2], self.positions, states.shape[3]) for states in new]
+        start, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
+        for part, states in zip(self.room, new, strict=True):
+            part[:, :, start:end] = states
+        self.keys, self.values = (part[:, :, :end] for part in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only some of the rows."""
+        end = self.get_seq_length()
+        self.room = [part[indices] for part in self.room]
+        self.keys, self.values = (part[:, :, :end] for part in self.room)
+
+
 @torch.no_grad()
 def write(model: Any, wishes: Sequence[Wish], generator: torch.Generator, end: int) -> list[list[int]]:
     """Return the tokens of the texts, a token a step on all that are not complete; none writes the token `end`."""
@@ -1413,21 +1447,21 @@ def write(model: Any, wishes: Sequence[Wish], generator: torch.Generator, end: i
     reaches = [len(next(iter(wish.barred), ())) for wish in wishes]
     temperatures = torch.tensor([wish.temperature for wish in wishes], device=generator.device)[:, None]
     going = list(range(len(wishes)))
-    past: Any = None
-    for place in range(1, max(wish.length for wish in wishes)):
+    longest = max(wish.length for wish in wishes)
+    past = Cache([Room(longest) for _ in range(model.config.num_hidden_layers)])
+    for place in range(1, longest):
         left = [at for at, number in enumerate(going) if wishes[number].length > place]
         if len(left) < len(going):
             going = [going[at] for at in left]
             past.batch_select_indices(torch.tensor(left, device=generator.device))
         last = torch.tensor([rows[number][-1:] for number in going], device=generator.device)
-        output = model(input_ids=last, past_key_values=past, use_cache=True)
-        past = output.past_key_values
-        logits = output.logits[:, -1].float()
+        logits = model(input_ids=last, past_key_values=past, use_cache=True).logits[:, -1].float()
+        logits.div_(temperatures[going])
         logits[:, end] = -math.inf
         for at, number in enumerate(going):
             if known := wishes[number].barred.get(tuple(rows[number][-reaches[number] :])):
                 logits[at, known] = -math.inf
-        drawn = draw(logits / temperatures[going], generator)[:, 0].tolist()
+        drawn = draw(logits, generator)[:, 0].tolist()
         for number, token in zip(going, drawn, strict=True):
             opening = wishes[number].opening
             rows[number].append(opening[place] if place < len(opening) else token)
@@ -1439,7 +1473,7 @@ def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
 
     By the inverse of their sum: `multinomial` draws a random number for each entry, a third of the time of sampling.
     """
-    reached = logits.float().softmax(-1).cumsum(-1)
+    reached = (logits - logits.amax(-1, keepdim=True)).exp_().cumsum_(-1)  # in place: see `Upper.told`
     drawn = torch.rand(len(logits), 1, generator=generator, device=logits.device) * reached[:, -1:]
     return torch.searchsorted(reached, drawn, right=True).clamp(max=logits.shape[1] - 1)
 

@@ -484,18 +484,18 @@ def test_a_row_that_nothing_moves_is_left_out_and_gradients_that_are_not_finite_
 def test_a_run_does_not_end_before_the_level_was_looked_at_again(
     memorised: Path, forget, retain, documents, monkeypatch: pytest.MonkeyPatch
 ):
-    """In the first round, without a level, nothing is asked for; in the second the level is 3 nats."""
+    """In the first two rounds, without a level, nothing is asked for; in the third the level is 3 nats."""
     ask = submission.lowering
     asked = []
 
     def lowering(odds, goal, weights, document):
         asked.append(goal.mean().item())
-        return torch.zeros_like(odds) if len(asked) <= len(documents) else ask(odds, goal, weights, document)
+        return torch.zeros_like(odds) if len(asked) <= 2 * len(documents) else ask(odds, goal, weights, document)
 
     monkeypatch.setattr(submission, "lowering", lowering)
     monkeypatch.setattr(submission, "unseen_loss", lambda *_: 3.0)
     *_, (_, matrices) = aim_of(memorised, documents, retain, dataclasses.replace(AIMED, rounds=12))
-    assert sum(asked[len(documents) : 2 * len(documents)]) / len(documents) == pytest.approx(3.0, rel=0.1)
+    assert sum(asked[2 * len(documents) : 3 * len(documents)]) / len(documents) == pytest.approx(3.0, rel=0.1)
     upper = submission.Upper(Decoder(memorised, torch.float32), AIMED.trained)
     upper.matrices = matrices
     assert upper.mean_loss(upper.whole(documents)) == pytest.approx(3.0, rel=0.1)
@@ -697,7 +697,7 @@ def test_documents_end_at_what_an_unseen_one_would_lose_and_are_pulled_back_abov
     memorised: Path, forget, retain, documents, monkeypatch: pytest.MonkeyPatch
 ):
     """A level that is given, in every second round, first 2.4 nats; then, from the thirteenth round on, 1.2."""
-    levels = iter([2.4] * 6 + [1.2] * 6)
+    levels = iter([2.4] * 5 + [1.2] * 6)
     monkeypatch.setattr(submission, "unseen_loss", lambda *_: next(levels))
     monkeypatch.setattr(submission, "SAVING", math.inf)
     found = aim_of(memorised, forget, retain, dataclasses.replace(AIMED, rounds=24))
@@ -707,6 +707,24 @@ def test_documents_end_at_what_an_unseen_one_would_lose_and_are_pulled_back_abov
         losses = [upper.mean_loss(upper.whole([text])) for text in documents]
         assert statistics.mean(losses) == pytest.approx(level, rel=0.1)
         assert statistics.stdev(losses) > 0.5 * submission.SPREAD * level
+
+
+def test_a_level_is_found_between_rounds_and_the_last_one_is_the_retain_rows_alone(
+    memorised: Path, forget, retain, monkeypatch: pytest.MonkeyPatch
+):
+    """What is looked at in six rounds, in order: the attack's level, forget rows, retain rows."""
+    seen: list[str] = []
+    looked = submission.pulls_of
+
+    def pulls_of(upper, rows, *others):
+        seen.append("forget" if rows.texts == forget else "retain")
+        return looked(upper, rows, *others)
+
+    monkeypatch.setattr(submission, "pulls_of", pulls_of)
+    monkeypatch.setattr(submission, "unseen_loss", lambda *_: seen.append("level") or 2.4)
+    aim_of(memorised, forget, retain, dataclasses.replace(AIMED, rounds=6))
+    both = ["forget", "retain"]
+    assert seen == ["forget", *both, "level", *both, *both, "level", *both, "retain"]
 
 
 def test_without_documents_questions_are_forgotten_and_without_questions_documents(memorised: Path, forget, retain):
@@ -931,6 +949,17 @@ def test_texts_of_two_kinds_are_written_together_as_each_asks(checkpoint: Path):
     first, *together = submission.write(model, [warm, *cold], torch.Generator().manual_seed(1), 0)
     assert together == alone
     assert len(first) == 5 and first != alone[0][:5]
+
+
+def test_what_was_read_before_is_kept_as_rows_leave(checkpoint: Path):
+    """Against the whole model on all tokens so far, anew for each token: so cold, it writes the likeliest."""
+    model, end = load_model(checkpoint), 0
+    wishes = [submission.Wish([n, n + 1], 4 + n % 7, 1e-6, {}) for n in range(40, 54)]
+    for tokens in submission.write(model, wishes, torch.Generator().manual_seed(0), end):
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens])).logits[0]
+        logits[:, end] = -math.inf
+        assert tokens[2:] == logits[1:-1].argmax(-1).tolist()
 
 
 def test_what_is_barred_is_not_written_and_nothing_else_changes(checkpoint: Path):
