@@ -49,7 +49,7 @@ CHECKPOINTS = (
     ),
     Checkpoint("lume", "models/lume/original", "sample", ">= 8", questions=None),
     Checkpoint("lume, unlearned", "results/lume/unlearned", "sample", ">= 8"),
-    Checkpoint("135M, base", "models/135m/base", "sample135m", ">= 3", rows=12, questions=12, threads=2),
+    Checkpoint("135M, base", "models/135m/base", "sample135m", ">= 3", rows=12, questions=72, threads=2),
 )
 
 

@@ -1413,7 +1413,10 @@ def continuations(
 
 
 class Room(DynamicLayer):  # type: ignore[no-untyped-call]
-    """A block's keys and values, with room for all positions taken once: transformers' own copies all at each step."""
+    """A block's keys and values, with room for all positions taken once: transformers' own copies all at each step.
+
+    The evaluation has one of its own (`pipeline.lib.cache`): what is submitted is this file alone.
+    """
 
     def __init__(self, positions: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
