@@ -18,10 +18,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.lib.generation import complete
-from pipeline.lib.inference import Tokens, mean_nll
+from pipeline.lib.generation import complete_and_judge
+from pipeline.lib.inference import Tokens
 from pipeline.lib.metrics import may_still_match
-from pipeline.lib.models import Model, Tokenizer, encode, load_model, load_tokenizer
+from pipeline.lib.models import Model, Tokenizer, load_model, load_tokenizer
 from pipeline.lib.processes import is_first, share
 from pipeline.lib.records import DATA_ROW, SIDES, Row, kind_of, read_checked, write_jsonl
 from pipeline.lib.stage import BadInput, run
@@ -40,12 +40,7 @@ def completion_rows(
         return not asked or may_still_match(row["output"], tokenizer.decode(ids, skip_special_tokens=True))
 
     prompts, answers = ([row[column] for row in rows] for column in ("input", "output"))
-    outputs = complete(model, tokenizer, prompts, max_new_tokens, undecided=undecided, expected=answers)
-    losses = mean_nll(
-        model,
-        [encode(tokenizer, prompt + answer) for prompt, answer in zip(prompts, answers, strict=True)],
-        [len(encode(tokenizer, prompt)) for prompt in prompts],
-    )
+    outputs, losses = complete_and_judge(model, tokenizer, prompts, answers, max_new_tokens, undecided)
     return [
         {
             "id": row["id"],

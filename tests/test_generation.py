@@ -7,7 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.lib import generation
-from pipeline.lib.generation import complete, decode, greedy
+from pipeline.lib.cache import states_of
+from pipeline.lib.generation import complete, complete_and_judge, decode, greedy
 from pipeline.lib.inference import token_bytes
 from pipeline.lib.models import encode, load_model, load_tokenizer
 from pipeline.lib.stage import BadInput
@@ -35,6 +36,10 @@ def tokenizer(checkpoint: Path):
 @pytest.fixture(scope="module")
 def ids(tokenizer):
     return [encode(tokenizer, prompt) for prompt in PROMPTS]
+
+
+def written(*args, **more):
+    return greedy(*args, **more)[0]
 
 
 def alone(model, ids, stop):
@@ -74,7 +79,7 @@ def steps(model, work):
 
 
 def test_greedy_equals_generate_on_one_prompt_at_a_time(model, ids, stop, expected):
-    assert greedy(model, ids, NEW, stop) == expected
+    assert written(model, ids, NEW, stop) == expected
 
 
 def other(token):
@@ -94,27 +99,27 @@ DRAFTS = {
 def test_a_draft_changes_no_token(model, ids, said, stop, expected, kind):
     # They go on after what stops the writing, and so must be cut there.
     drafts = [DRAFTS[kind](own) for own in said]
-    assert greedy(model, ids, NEW, stop, drafts=drafts) == expected
-    assert greedy(model, ids, NEW, stop, drafts=[drafts[0], [], drafts[2], [], []]) == expected
-    assert greedy(model, ids, NEW, set(), drafts=drafts) == said
+    assert written(model, ids, NEW, stop, drafts=drafts) == expected
+    assert written(model, ids, NEW, stop, drafts=[drafts[0], [], drafts[2], [], []]) == expected
+    assert written(model, ids, NEW, set(), drafts=drafts) == said
 
 
 def test_a_draft_that_is_longer_than_what_may_be_written_is_cut(model, ids, said):
-    assert greedy(model, ids, 5, set(), drafts=said) == [own[:5] for own in said]
+    assert written(model, ids, 5, set(), drafts=said) == [own[:5] for own in said]
 
 
 def test_a_right_draft_costs_one_pass_and_a_wrong_one_the_steps_after_its_error(model, ids, said):
-    widths, _ = steps(model, lambda: greedy(model, ids[:1], NEW, set(), drafts=[said[0]]))
+    widths, _ = steps(model, lambda: written(model, ids[:1], NEW, set(), drafts=[said[0]]))
     assert widths == [len(ids[0]) + NEW]
     draft = [*said[0][:10], other(said[0][10])]
-    widths, found = steps(model, lambda: greedy(model, ids[:1], NEW, set(), drafts=[draft]))
+    widths, found = steps(model, lambda: written(model, ids[:1], NEW, set(), drafts=[draft]))
     assert found == [said[0]]
     assert widths == [len(ids[0]) + 11] + [1] * (NEW - 11)
 
 
 def test_rows_that_do_not_fit_into_the_cache_together_are_written_in_turn(model, ids, expected, stop, monkeypatch):
     monkeypatch.setattr(generation, "CACHE_BYTES", 1)
-    widths, found = steps(model, lambda: greedy(model, ids, NEW, stop))
+    widths, found = steps(model, lambda: written(model, ids, NEW, stop))
     assert found == expected
     # One pass over all prompts gives each its first token; then each row takes as many steps as it has tokens more.
     assert widths.count(1) == sum(len(row) - 1 for row in expected)
@@ -128,11 +133,11 @@ def test_rows_are_written_together_as_long_as_padding_costs_less_than_a_step(
     assert sorted(map(len, ids)) == [1, 2, 4, 7, 17]
     weights = sum(one.nbytes for one in model.parameters())
     monkeypatch.setattr(generation, "PADDING_BYTES", padding * token_bytes(model) - weights)
-    widths, found = steps(model, lambda: greedy(model, ids, NEW, set()))
+    widths, found = steps(model, lambda: written(model, ids, NEW, set()))
     assert found == said
     assert widths.count(1) == groups * (NEW - 1)
     if padding == 0:
-        widths, found = steps(model, lambda: greedy(model, [*ids, *ids], NEW, set()))
+        widths, found = steps(model, lambda: written(model, [*ids, *ids], NEW, set()))
         assert found == [*said, *said]
         assert widths.count(1) == groups * (NEW - 1)  # rows of the same length need none
 
@@ -144,7 +149,7 @@ def test_writing_ends_where_it_is_decided(model, ids, said):
         asked.append((number, list(tokens)))
         return len(tokens) < 3 + number
 
-    assert greedy(model, ids, NEW, set(), undecided) == [own[: 3 + n] for n, own in enumerate(said)]
+    assert written(model, ids, NEW, set(), undecided) == [own[: 3 + n] for n, own in enumerate(said)]
     assert all(tokens == said[number][: len(tokens)] for number, tokens in asked)
 
 
@@ -157,17 +162,17 @@ def test_grouped_heads_are_written_as_generate_writes_them(ids):
     model = LlamaForCausalLM(config).eval()
     rows = [[token % 512 for token in row] for row in ids]
     wanted = [alone(model, row, None) for row in rows]
-    assert greedy(model, rows, NEW, set()) == wanted
-    assert greedy(model, rows, NEW, set(), drafts=[own[:9] for own in wanted]) == wanted
+    assert written(model, rows, NEW, set()) == wanted
+    assert written(model, rows, NEW, set(), drafts=[own[:9] for own in wanted]) == wanted
 
 
 def test_in_bfloat16_no_token_is_worse_than_the_best_by_more_than_rounding(checkpoint, ids, said):
     model = load_model(checkpoint, torch.bfloat16)
-    for found in (greedy(model, ids, NEW, set()), greedy(model, ids, NEW, set(), drafts=said)):
-        for row, written in zip(ids, found, strict=True):
-            logits = model(torch.tensor([row + written])).logits[0, len(row) - 1 : -1].float()
-            behind = logits.amax(-1) - logits.gather(-1, torch.tensor(written)[:, None])[:, 0]
-            assert len(written) == NEW
+    for found in (written(model, ids, NEW, set()), written(model, ids, NEW, set(), drafts=said)):
+        for row, own in zip(ids, found, strict=True):
+            logits = model(torch.tensor([row + own])).logits[0, len(row) - 1 : -1].float()
+            behind = logits.amax(-1) - logits.gather(-1, torch.tensor(own)[:, None])[:, 0]
+            assert len(own) == NEW
             assert behind.max() <= 0.02 * logits.abs().max()
 
 
@@ -177,8 +182,8 @@ def test_the_bytes_of_a_token_are_those_of_its_keys_and_values(model, ids):
         num_key_value_heads=2, head_dim=16,
     )  # fmt: skip
     for one in (model, LlamaForCausalLM(grouped).to(torch.bfloat16)):
-        _, states = generation.read(one, [[token % 512 for token in ids[3]]], [[]])
-        assert token_bytes(one) * len(ids[3]) == sum(part.nbytes for part in states)
+        _, cache = generation.read(one, [[token % 512 for token in ids[3]]], [[]], len(ids[3]))
+        assert token_bytes(one) * len(ids[3]) == sum(part.nbytes for part in states_of(cache))
 
 
 def test_complete_keeps_the_order_of_prompts_and_expected_texts_change_none(model, tokenizer, ids):
@@ -187,6 +192,32 @@ def test_complete_keeps_the_order_of_prompts_and_expected_texts_change_none(mode
     assert complete(model, tokenizer, PROMPTS, NEW, batch_tokens=120) == texts
     assert complete(model, tokenizer, PROMPTS, NEW, expected=texts) == texts
     assert complete(model, tokenizer, PROMPTS, NEW, expected=["a city", *texts[1:]]) == texts
+
+
+def test_answers_are_judged_behind_their_prompts_as_transformers_judges_the_whole_text(model, tokenizer):
+    prompts = [*PROMPTS[:4], "who is "]  # the last's space becomes part of the answer's first token
+    answers = ["s of the river", "", " born in the city", "n't it", "the writer"]
+    ids = [encode(tokenizer, prompt) for prompt in prompts]
+    wholes = [encode(tokenizer, prompt + answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    assert [whole[: len(row)] == row for row, whole in zip(ids, wholes, strict=True)] == [True, True, True, True, False]
+    expected = []
+    for row, whole in zip(ids, wholes, strict=True):
+        labels = torch.tensor([whole])
+        labels[:, : len(row)] = -100
+        loss = model(torch.tensor([whole]), labels=labels).loss.item()
+        expected.append(None if len(whole) == len(row) else pytest.approx(loss, rel=1e-5))
+    assert expected.count(None) == 1
+    texts, losses = complete_and_judge(model, tokenizer, prompts, answers, NEW, lambda _number, _ids: True)
+    assert losses == expected
+    assert texts == complete(model, tokenizer, prompts, NEW)
+    for drafts in ([[]] * 5, [row[:9] for row in wholes]):
+        assert greedy(model, ids, NEW, set(), drafts=drafts, batch_tokens=60, wholes=wholes)[1] == expected
+
+
+def test_an_answer_is_judged_without_another_pass_over_its_prompt(model, ids, said):
+    whole, draft = ids[3] + said[0][:6], said[3][:20]
+    widths, _ = steps(model, lambda: greedy(model, ids[3:4], 20, set(), drafts=[draft], wholes=[whole]))
+    assert widths == [len(ids[3]) + 20, 1 + 6]
 
 
 @pytest.mark.parametrize(("name", "value"), [("repetition_penalty", 1.3), ("suppress_tokens", [7]), ("num_beams", 4)])

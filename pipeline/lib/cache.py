@@ -8,10 +8,14 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 
 class Room(DynamicLayer):  # type: ignore[no-untyped-call]
-    """One block's keys and values, each (rows, heads, room, head width); the first `filled` positions are in use."""
+    """One block's keys and values, each (rows, heads, `size`, head width); the first `filled` positions are in use."""
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, filled: int) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.size = size
+
+    def take(self, keys: torch.Tensor, values: torch.Tensor, filled: int) -> None:
+        """Use these tensors as the room."""
         self.room = keys, values
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         self.show(filled)
@@ -24,6 +28,13 @@ class Room(DynamicLayer):  # type: ignore[no-untyped-call]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: object, **_more: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write what is new behind what is there and return all."""
+        if not self.is_initialized:
+            shape = (*key_states.shape[:2], self.size)
+            self.take(
+                key_states.new_empty(*shape, key_states.shape[3]),
+                value_states.new_empty(*shape, value_states.shape[3]),
+                0,
+            )
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
         for part, states in zip(self.room, (key_states, value_states), strict=True):
@@ -39,4 +50,20 @@ def states_of(cache: Any) -> list[torch.Tensor]:
 
 def rooms(states: Sequence[torch.Tensor], filled: int) -> Cache:
     """Return a cache of keys and values in the order of `states_of`, the first `filled` positions in use."""
-    return Cache(layers=[Room(keys, values, filled) for keys, values in zip(states[::2], states[1::2], strict=True)])
+    layers = []
+    for keys, values in zip(states[::2], states[1::2], strict=True):
+        layers.append(Room(keys.shape[2]))
+        layers[-1].take(keys, values, filled)
+    return Cache(layers=[*layers])
+
+
+def empty_rooms(blocks: int, size: int) -> Cache:
+    """Return a cache for `size` positions of `blocks` blocks. Memory is taken when the first are written."""
+    return Cache(layers=[Room(size) for _ in range(blocks)])
+
+
+def show(cache: Cache, filled: int) -> None:
+    """Let attention see the first `filled` positions of rooms; what comes next is written behind them."""
+    for layer in cache.layers:
+        assert isinstance(layer, Room)
+        layer.show(filled)

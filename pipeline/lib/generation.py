@@ -6,7 +6,8 @@ a batch changes about as many as another attention kernel does on one prompt at 
 
 A draft is what a row may be expected to be. One pass over prompt and draft tells how much of it the model writes
 itself, token by token: a row that recites its text costs one pass and no step. (Verification as in speculative
-decoding, arXiv 2211.17192, here greedy, with a known text in the place of a small model's.)
+decoding, arXiv 2211.17192, here greedy, with a known text in the place of a small model's.) Where the loss of an answer
+is asked for, too, it is taken behind the same prompt's keys and values.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,10 +17,10 @@ from math import inf
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache
+from transformers.cache_utils import Cache
 
-from pipeline.lib.cache import rooms, states_of
-from pipeline.lib.inference import Tokens, batches, pad_right, spare_memory, usual_batch
+from pipeline.lib.cache import empty_rooms, rooms, states_of
+from pipeline.lib.inference import Tokens, batches, continued_nll, pad_right, spare_memory, usual_batch
 from pipeline.lib.models import Model, Tokenizer, encode
 from pipeline.lib.stage import BadInput
 
@@ -74,15 +75,37 @@ def complete(
     """
     check_search(model)
     encoded = [encode(tokenizer, prompt) for prompt in prompts]
-    drafts = None
-    if expected is not None:
-        # A space between, as the rows are memorised (the official loss has none).
-        wholes = [encode(tokenizer, f"{prompt} {text}") for prompt, text in zip(prompts, expected, strict=True)]
-        drafts = [
-            whole[len(ids) :] if whole[: len(ids)] == ids else [] for ids, whole in zip(encoded, wholes, strict=True)
-        ]
-    written = greedy(model, encoded, max_new_tokens, _stop_tokens(model, tokenizer), undecided, drafts, batch_tokens)
+    drafts = None if expected is None else _drafts(tokenizer, prompts, expected)
+    stop = _stop_tokens(model, tokenizer)
+    written, _ = greedy(model, encoded, max_new_tokens, stop, undecided, drafts, batch_tokens)
     return [decode(tokenizer, ids) for ids in written]
+
+
+def complete_and_judge(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    max_new_tokens: int,
+    undecided: Callable[[int, Tokens], bool],
+) -> tuple[list[str], list[float | None]]:
+    """Return what `complete` does, and the mean loss (nats a token) of each answer right behind its prompt."""
+    check_search(model)
+    encoded = [encode(tokenizer, prompt) for prompt in prompts]
+    wholes = [encode(tokenizer, prompt + answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    drafts, stop = _drafts(tokenizer, prompts, answers), _stop_tokens(model, tokenizer)
+    written, losses = greedy(model, encoded, max_new_tokens, stop, undecided, drafts, wholes=wholes)
+    return [decode(tokenizer, ids) for ids in written], losses
+
+
+def _drafts(tokenizer: Tokenizer, prompts: Sequence[str], expected: Sequence[str]) -> list[Tokens]:
+    """Return the tokens that expected texts add to their prompts, none where the join is tokenized otherwise."""
+    drafts = []
+    for prompt, text in zip(prompts, expected, strict=True):
+        # A space between, as the rows are memorised (the official loss has none).
+        ids, whole = encode(tokenizer, prompt), encode(tokenizer, f"{prompt} {text}")
+        drafts.append(whole[len(ids) :] if whole[: len(ids)] == ids else [])
+    return drafts
 
 
 def decode(tokenizer: Tokenizer, ids: Tokens) -> str:
@@ -118,10 +141,12 @@ def greedy(
     undecided: Callable[[int, Tokens], bool] = lambda _number, _ids: True,
     drafts: Sequence[Tokens] | None = None,
     batch_tokens: int | None = None,
-) -> list[Tokens]:
+    wholes: Sequence[Tokens] | None = None,
+) -> tuple[list[Tokens], list[float | None]]:
     """Return the greedy continuation of each prompt, up to `max_new_tokens` or with a stop token as its last.
 
-    `undecided`, asked with a prompt's number and what is written, may end a row earlier.
+    `undecided`, asked with a prompt's number and what is written, may end a row earlier. Beside it, the mean loss
+    (nats) of each of `wholes` but for as many first tokens as its prompt has, as `mean_nll` has it.
     """
     given = [draft[:max_new_tokens] for draft in drafts or [[]] * len(prompts)]
     room, spared = spare_memory(model) / 2, inf
@@ -129,6 +154,9 @@ def greedy(
         # To write rows apart costs the steps' calls and another reading of the weights: padding may take as long.
         room, spared = CACHE_BYTES, PADDING_BYTES + sum(weight.nbytes for weight in model.parameters())
     found: list[Tokens] = [[] for _ in prompts]
+    losses: list[float | None] = [None] * len(prompts)
+    asked = wholes or [[]] * len(prompts)
+    kept = [_shared(prompt, whole) for prompt, whole in zip(prompts, asked, strict=True)]
     group: list[Row] = []
 
     def ended(number: int, tokens: Tokens) -> bool:
@@ -151,7 +179,10 @@ def greedy(
     with tqdm(total=len(prompts), desc="completions", mininterval=2) as progress:
         sizes = [len(prompt) + len(draft) for prompt, draft in zip(prompts, given, strict=True)]
         for numbers in batches(sizes, batch_tokens or usual_batch(model)):
-            begun, states = read(model, [prompts[n] for n in numbers], [given[n] for n in numbers])
+            behind = max(kept[n] for n in numbers) + max(len(asked[n]) - kept[n] for n in numbers)
+            size = max(sizes[numbers[0]], behind)
+            begun, cache = read(model, [prompts[n] for n in numbers], [given[n] for n in numbers], size)
+            states = states_of(cache)
             for place, (number, chosen) in enumerate(zip(numbers, begun, strict=True)):
                 tokens = chosen[:max_new_tokens]
                 last = next((n for n, token in enumerate(tokens) if token in stop), len(tokens) - 1)
@@ -164,19 +195,28 @@ def greedy(
                 if not fits(row):
                     write()
                 group.append(row)
+            judged = [(kept[n], asked[n], len(prompts[n])) for n in numbers]
+            for number, loss in zip(numbers, continued_nll(model, cache, *zip(*judged, strict=True)), strict=True):
+                losses[number] = loss
         if group:
             write()
-    return found
+    return found, losses
 
 
-def read(model: Model, prompts: Sequence[Tokens], drafts: Sequence[Tokens]) -> tuple[list[Tokens], list[Tensor]]:
+def _shared(prompt: Tokens, whole: Tokens) -> int:
+    """Return how many first tokens are the same; the prompt's last, which predicts the next, is not counted."""
+    pairs = list(zip(prompt[:-1], whole, strict=False))
+    return next((n for n, (one, other) in enumerate(pairs) if one != other), len(pairs))
+
+
+def read(model: Model, prompts: Sequence[Tokens], drafts: Sequence[Tokens], size: int) -> tuple[list[Tokens], Cache]:
     """Return after one pass as much of each draft as the model writes itself, and the token that it writes next.
 
-    Beside it the keys and values, as `states_of`. Rows are padded on the right, where causal attention never looks.
+    Beside it the keys and values, in room for `size` positions. Rows are padded on the right, where causal attention
+    never looks.
     """
-    wholes = [prompt + draft for prompt, draft in zip(prompts, drafts, strict=True)]
-    ids = pad_right(wholes, model.device)
-    cache = DynamicCache(config=model.config)
+    ids = pad_right([prompt + draft for prompt, draft in zip(prompts, drafts, strict=True)], model.device)
+    cache = empty_rooms(model.config.num_hidden_layers, size)
     hidden = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
     begun = []
     for prompt, draft, states in zip(prompts, drafts, hidden, strict=True):
@@ -184,7 +224,7 @@ def read(model: Model, prompts: Sequence[Tokens], drafts: Sequence[Tokens]) -> t
         chosen: Tokens = logits.argmax(-1).tolist()
         same = next((n for n, token in enumerate(draft) if token != chosen[n]), len(draft))
         begun.append(chosen[: same + 1])
-    return begun, states_of(cache)
+    return begun, cache
 
 
 def finish(

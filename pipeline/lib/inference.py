@@ -6,8 +6,9 @@ from math import inf
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
+from transformers.cache_utils import Cache
 
-from pipeline.lib.cache import rooms, states_of
+from pipeline.lib.cache import rooms, show, states_of
 from pipeline.lib.models import Model
 
 Tokens = list[int]
@@ -71,11 +72,44 @@ def mean_nll(
         ids = pad_right([sequences[i] for i in rows], model.device)
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         for row, states in zip(rows, hidden, strict=True):
-            targets = torch.tensor(sequences[row][first[row] :], device=model.device)
-            if len(targets):
-                logits = model.get_output_embeddings()(states[first[row] - 1 : len(sequences[row]) - 1])
-                losses[row] = cross_entropy(logits.float(), targets).item()
+            losses[row] = _mean_loss(model, states, sequences[row], first[row])
     return losses
+
+
+@torch.inference_mode()
+def continued_nll(
+    model: Model, cache: Cache, kept: Sequence[int], sequences: Sequence[Tokens], masked: Sequence[int]
+) -> list[float | None]:
+    """Return what `mean_nll` does, of sequences whose first `kept[i]` tokens the model has seen: row i of the cache.
+
+    They are at most `masked[i] - 1`, for the last given token predicts the first other. `cache` is of rooms, and what
+    it holds behind those tokens is lost.
+    """
+    rests = [ids[count:] for ids, count in zip(sequences, kept, strict=True)]
+    start, width = max(kept), max(map(len, rests))
+    if not width:
+        return [None] * len(sequences)
+    show(cache, start)
+    seen = torch.arange(start, device=model.device) < torch.tensor(kept, device=model.device)[:, None]
+    mask = _behind(start, width, model).repeat(len(sequences), 1, 1, 1)
+    mask[..., :start].masked_fill_(~seen[:, None, None], torch.finfo(model.dtype).min)
+    hidden = model.base_model(
+        input_ids=pad_right(rests, model.device),
+        attention_mask=mask,
+        position_ids=torch.tensor([range(count, count + width) for count in kept], device=model.device),
+        past_key_values=cache,
+    ).last_hidden_state
+    rows = zip(hidden, sequences, masked, kept, strict=True)
+    return [_mean_loss(model, states, ids, max(1, given), count) for states, ids, given, count in rows]
+
+
+def _mean_loss(model: Model, states: torch.Tensor, ids: Tokens, first: int, kept: int = 0) -> float | None:
+    """Return the mean loss of `ids` from the `first` on; `states` (tokens, hidden) begin with that of token `kept`."""
+    targets = torch.tensor(ids[first:], device=model.device)
+    if not len(targets):
+        return None
+    logits = model.get_output_embeddings()(states[first - 1 - kept : len(ids) - 1 - kept])
+    return cross_entropy(logits.float(), targets).item()
 
 
 @torch.inference_mode()

@@ -67,7 +67,7 @@ def max_logits(model: Model, prompts: Sequence[Tokens], stop: set[int], count: i
 
     Source: Dang et al., arXiv 2408.06223, who read a token's confidence from it.
     """
-    written = greedy(model, prompts, count, stop)
+    written, _ = greedy(model, prompts, count, stop)
     found: list[list[float]] = [[] for _ in prompts]
     for rows in batches([len(prompt) + count for prompt in prompts], BATCH_TOKENS):
         hidden = model.base_model(input_ids=_pad(model, [prompts[row] + written[row] for row in rows]))
