@@ -78,6 +78,31 @@ def test_shots_are_dropped_until_the_prompt_fits(checkpoint: Path, monkeypatch: 
         assert choice_probabilities(model, tokenizer, subject)[0] == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_long_question_costs_the_others_no_shot(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two prompts hold five shots, one four: each number's shots are read once, alone, and no question reads them."""
+    model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
+    shot, short = QUESTIONS
+    longer = ("Who writes of the river?", *short[1:])
+    subject = Subject("anatomy", [shot] * 5, [short, longer, short])
+    limit = len(tokenizer(prompt("anatomy", short, subject.dev)).input_ids)
+    monkeypatch.setattr(multiple_choice, "MAX_PROMPT_TOKENS", limit)
+    expected = []
+    for question, shots in zip(subject.test, (5, 4, 5), strict=True):
+        ids = tokenizer(prompt("anatomy", question, subject.dev[:shots]), return_tensors="pt").input_ids
+        letters = [tokenizer(f" {letter}").input_ids[-1] for letter in "ABCD"]
+        expected.append(pytest.approx(model(ids).logits[0, -1].softmax(-1)[letters].tolist(), abs=1e-6))
+    shapes = []
+    model.base_model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    assert choice_probabilities(model, tokenizer, subject) == expected
+    of_a_shot = len(tokenizer(prompt("anatomy", short, [shot])).input_ids) - len(
+        tokenizer(prompt("anatomy", short, [])).input_ids
+    )
+    assert sorted(rows for rows, _ in shapes) == [1, 1, 1, 2]
+    assert all(width < of_a_shot for rows, width in shapes if rows == 2)
+
+
 def test_the_numbers_of_the_official_scorers_are_ours():
     """256 new tokens, prompts of 2048 tokens, five shots."""
     found = (complete.MAX_NEW_TOKENS, multiple_choice.MAX_PROMPT_TOKENS, multiple_choice.SHOTS)

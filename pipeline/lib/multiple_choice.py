@@ -52,9 +52,18 @@ def prompt(subject: str, question: Question, shots: Sequence[Question]) -> str:
 
 
 def choice_probabilities(model: Model, tokenizer: Tokenizer, subject: Subject) -> list[list[float]]:
-    """Return for each test question the probabilities of " A" to " D" as the next token (over the whole vocabulary)."""
-    prompts = [fitting_prompt(tokenizer, subject, question) for question in subject.test]
-    return next_token_probabilities(model, prompts, letter_tokens(tokenizer))
+    """Return for each test question the probabilities of " A" to " D" as the next token (over the whole vocabulary).
+
+    Questions with equally many shots are asked together: one that leaves room for fewer shares as few with the others.
+    """
+    letters, prompts = letter_tokens(tokenizer), [_fit(tokenizer, subject, question) for question in subject.test]
+    found: list[list[float]] = [[] for _ in prompts]
+    for shots in {shots for shots, _ in prompts}:
+        asked = [number for number, (own, _) in enumerate(prompts) if own == shots]
+        probabilities = next_token_probabilities(model, [prompts[number][1] for number in asked], letters)
+        for number, row in zip(asked, probabilities, strict=True):
+            found[number] = row
+    return found
 
 
 def letter_tokens(tokenizer: Tokenizer) -> Tokens:
@@ -67,12 +76,17 @@ def fitting_prompt(tokenizer: Tokenizer, subject: Subject, question: Question) -
 
     As in the original the limit does not count a token that a tokenizer puts before each text.
     """
+    return _fit(tokenizer, subject, question)[1]
+
+
+def _fit(tokenizer: Tokenizer, subject: Subject, question: Question) -> tuple[int, Tokens]:
+    """Return the shots that fit and the prompt's tokens."""
     for shots in range(min(SHOTS, len(subject.dev)), -1, -1):
         text = prompt(subject.name, question, subject.dev[:shots])
         ids: Tokens = tokenizer(text, add_special_tokens=False).input_ids
         if len(ids) <= MAX_PROMPT_TOKENS:
             break
-    return encode(tokenizer, "") + ids
+    return shots, encode(tokenizer, "") + ids
 
 
 def _ask(question: Question) -> str:
