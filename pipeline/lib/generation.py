@@ -25,7 +25,7 @@ from pipeline.lib.models import Model, Tokenizer, encode
 from pipeline.lib.stage import BadInput
 
 PADDING_BYTES = 32 << 20  # of padding, read in a step, take a CPU about as long as the calls that a step makes
-CACHE_BYTES = 1 << 30  # keys and values of the rows that are written together; on a GPU, half of what the weights leave
+CACHE_BYTES = 1 << 30  # keys and values of the rows written together; on a GPU, a third of what the weights leave
 SEARCH: dict[
     str, object
 ] = {  # what changes a greedy search, where a generation_config.json has another value than this
@@ -149,7 +149,7 @@ def greedy(
     (nats) of each of `wholes` but for as many first tokens as its prompt has, as `mean_nll` has it.
     """
     given = [draft[:max_new_tokens] for draft in drafts or [[]] * len(prompts)]
-    room, spared = spare_memory(model) / 2, inf
+    room, spared = spare_memory(model) / 3, inf
     if model.device.type == "cpu":
         # To write rows apart costs the steps' calls and another reading of the weights: padding may take as long.
         room, spared = CACHE_BYTES, PADDING_BYTES + sum(weight.nbytes for weight in model.parameters())
