@@ -258,9 +258,10 @@ def compared_of(wildcards):
         f"methods/{method}.{strength}" for method in STUDY["methods"] for strength in (1, tuned[method]["strength"])
     }
     return [
-        f"results/{wildcards.target}-{draw}/{name}/evaluation_results.jsonl"
+        f"results/{wildcards.target}-{draw}/{name}/{table}"
         for draw in DRAWS
         for name in ("original", "retrained", "methods/random_weights.1", "unlearned", *sorted(names))
+        for table in ("evaluation_results.jsonl", "fluency.json")
     ]
 
 

@@ -1,10 +1,10 @@
 """Compare ours with the peers' methods and the controls, on stand-ins that none of them was tuned on.
 
-Reads   --draws DIR ...  results/<target>-<draw>: evaluation_results.jsonl of original, retrained, unlearned,
-                         methods/random_weights.1 and methods/<method>.<strength> (fields in score)
+Reads   --draws DIR ...  results/<target>-<draw>: evaluation_results.jsonl and fluency.json of original, retrained,
+                         unlearned, methods/random_weights.1 and methods/<method>.<strength> (fields in score, fluency)
         --tuned          tuned.json, the strength chosen for each method
-Writes  --output         comparison.json: [{"system", "strength", "values": {part: [one a draw]}, "p", "p_holm"}], of
-                         which the last two are numbers or null
+Writes  --output         comparison.json: [{"system", "strength", "values": {part: [one a draw]}, "fluency": {measure:
+                         [one a draw]}, "p", "p_holm"}]; of fluency and of the last two some may be null
         --table          comparison.md: mean and standard deviation over the draws, sorted by final score
 Run     python -m pipeline.comparison --draws results/tiny-11 results/tiny-12 --methods npo sugd \\
             --tuned results/tiny/methods/tuned.json --name tiny --output comparison.json --table comparison.md
@@ -24,7 +24,7 @@ from jsonschema import Draft202012Validator
 from scipy.stats import ttest_rel
 
 from pipeline.lib.published import parts, read_results
-from pipeline.lib.records import read_json
+from pipeline.lib.records import FLUENCY, read_json
 from pipeline.lib.stage import BadInput, run, whole_file
 
 CONTROLS = {
@@ -34,6 +34,7 @@ CONTROLS = {
 }
 OURS = "aimed steering (ours)"
 PARTS = {"final": "final", "task_aggregate": "task aggregate", "mia": "MIA", "mmlu": "multiple choice"}
+FLUENT = {"repetition": "repetition", "log_likelihood": "likelihood", "held_out": "held-out loss"}
 TUNED = Draft202012Validator(
     {"type": "object", "additionalProperties": {"type": "object", "required": ["strength"]}},
 )
@@ -62,10 +63,22 @@ def values_of(draws: Sequence[Path], folder: str) -> dict[str, list[float]]:
     return {name: [getattr(part, name) for part in found] for name in PARTS}
 
 
+def fluency_of(draws: Sequence[Path], folder: str) -> dict[str, list[float | None]]:
+    """Return what the score does not see of a system: whether it still writes language, a value a draw."""
+    found = [read_json(draw / folder / "fluency.json", FLUENCY) for draw in draws]
+    rows = [{**one["forget"], "held_out": one["held_out"]["loss"]} for one in found]
+    return {name: [row[name] for row in rows] for name in FLUENT}
+
+
 def compare(draws: Sequence[Path], named: Sequence[tuple[str, str, str]]) -> list[Line]:
     """Return a line a system, highest mean final score first, with the p value of ours against it."""
     lines: list[Line] = [
-        {"system": system, "strength": strength, "values": values_of(draws, folder)}
+        {
+            "system": system,
+            "strength": strength,
+            "values": values_of(draws, folder),
+            "fluency": fluency_of(draws, folder),
+        }
         for system, strength, folder in named
     ]
     ours = lines[0]["values"]["final"]
@@ -108,22 +121,30 @@ def markdown(lines: Sequence[Line], name: str, draws: int) -> str:
     text = [
         f"# Systems compared on {draws} draws of {name}",
         "",
-        f"| system | setting | {' | '.join(PARTS.values())} | p | p, corrected |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        f"| system | setting | {' | '.join(PARTS.values())} | p | p, corrected | {' | '.join(FLUENT.values())} |",
+        f"|---|---|{'---:|' * (len(PARTS) + 2 + len(FLUENT))}",
     ]
     for line in lines:
         cells = [f"{fmean(values):.3f} ± {stdev(values):.3f}" for values in line["values"].values()]
         p = " | ".join("" if line[name] is None else f"{line[name]:.2g}" for name in ("p", "p_holm"))
         own = line["system"] in (OURS, *CONTROLS)
         system = f"**{line['system']}**" if own else line["system"].replace("_", " ")
-        text.append(f"| {system} | {line['strength']} | {' | '.join(cells)} | {p} |")
+        fluency = " | ".join(_mean(values) for values in line["fluency"].values())
+        text.append(f"| {system} | {line['strength']} | {' | '.join(cells)} | {p} | {fluency} |")
     notes = [
         f"Mean ± standard deviation over {draws} stand-ins made of different documents; a stand-in's numbers are not"
         " leaderboard numbers. Bold: ours and the controls.",
         "p: two-sided paired t-test of our final scores against the system's; corrected: by Holm, for the number of"
         " methods, each of which counts once, with its better setting.",
+        "Fluency, which the score does not see, in the mean: the share of repeated 4-grams in what is written to forget"
+        " prompts; its log-likelihood under the untouched model, and the loss on general text, in nats a token.",
     ]
     return "\n".join([*text, *(f"\n{note}" for note in notes)]) + "\n"
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{fmean(known):.2f}" if known else "-"
 
 
 def main(argv: Sequence[str]) -> None:

@@ -40,12 +40,14 @@ from pipeline.lib.pictures import BLUE, ORANGE, svg
 from pipeline.lib.published import SIZES, caution, parts, read_results
 from pipeline.lib.records import (
     COMPLETION,
+    FLUENCY,
     KINDS,
     MEMBERSHIP,
     SETS,
     SIDES,
     TASKS,
     Row,
+    json_object,
     kind_of,
     read_checked,
     read_json,
@@ -63,28 +65,18 @@ SET_NAMES = {"member": "members (forget documents)", "nonmember": "non-members"}
 _NUMBER = {"type": ["number", "null"]}
 
 
-def _object(**properties: Any) -> dict[str, Any]:
-    return {"type": "object", "required": list(properties), "properties": properties}
-
-
 _TEXT = {"type": "string"}
-_CONDITION = _object(condition=_TEXT, holds={"type": "boolean"}, evidence=_TEXT)
+_CONDITION = json_object(condition=_TEXT, holds={"type": "boolean"}, evidence=_TEXT)
 CLAIMS = Draft202012Validator(
     {
         "type": "array",
-        "items": _object(
+        "items": json_object(
             claim=_TEXT, statement=_TEXT, verdict=_TEXT, figure=_TEXT, conditions={"type": "array", "items": _CONDITION}
         ),
     }
 )
-LAYERS = Draft202012Validator(_object(best=_object(rmu={"type": "integer"}, adaptive={"type": "integer"})))
-FLUENCY = Draft202012Validator(
-    _object(
-        forget=_object(outputs=_NUMBER, empty=_NUMBER, repetition=_NUMBER, log_likelihood=_NUMBER),
-        held_out=_object(source={"type": "string"}, texts=_NUMBER, loss=_NUMBER),
-    )
-)
-RUN = Draft202012Validator(_object(settings={"type": "object"}, wall_seconds=_NUMBER, peak_memory_bytes=_NUMBER))
+LAYERS = Draft202012Validator(json_object(best=json_object(rmu={"type": "integer"}, adaptive={"type": "integer"})))
+RUN = Draft202012Validator(json_object(settings={"type": "object"}, wall_seconds=_NUMBER, peak_memory_bytes=_NUMBER))
 
 
 def score_values(results: Sequence[dict[str, Any]]) -> list[tuple[str, list[float | None]]]:

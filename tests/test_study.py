@@ -69,6 +69,11 @@ def draws(tmp_path: Path) -> list[Path]:
             ("methods/npo.4", peer),
         ):
             write(folder / name, final, final, final)
+            written = {"outputs": 4, "empty": 0, "repetition": 1 - final, "log_likelihood": -final}
+            if name.endswith("weights.1"):
+                written |= {"empty": 4, "repetition": None, "log_likelihood": None}
+            held_out = {"source": "corpus", "texts": 2, "loss": 2 + final}
+            (folder / name / "fluency.json").write_text(json.dumps({"forget": written, "held_out": held_out}))
     (tmp_path / "tuned.json").write_text(json.dumps({"npo": {"strength": "4"}}))
     return folders
 
@@ -93,6 +98,20 @@ def test_all_systems_are_compared_and_sorted_by_their_mean(draws: list[Path]):
     rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
     assert re.sub(r"\W+", " ", rows[1]).startswith(" aimed steering ours 0 850 0 050 0 850 0 050")
     assert len(rows) == 6 and "not leaderboard numbers" in " ".join(table.split())
+
+
+def test_what_the_score_does_not_see_stands_beside_it(draws: list[Path]):
+    lines, table = compare(draws)
+    ours = next(line for line in lines if line["system"] == comparison.OURS)["fluency"]
+    assert ours["repetition"] == pytest.approx([0.1, 0.2, 0.15])
+    assert ours["log_likelihood"] == pytest.approx([-0.9, -0.8, -0.85])
+    assert ours["held_out"] == pytest.approx([2.9, 2.8, 2.85])
+    rows = {row.split(" | ")[0]: row for row in table.splitlines()}
+    assert rows[f"| **{comparison.OURS}**"].endswith("| 0.15 | -0.85 | 2.85 |")
+    assert rows["| **random weights**"].endswith("| - | - | 2.40 |")  # it wrote nothing
+    (draws[0] / "unlearned" / "fluency.json").write_text("{}")
+    with pytest.raises(BadInput, match=r"unlearned/fluency\.json"):
+        compare(draws)
 
 
 def test_p_is_that_of_the_paired_t_test(draws: list[Path]):

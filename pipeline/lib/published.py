@@ -11,7 +11,7 @@ from typing import Any
 
 from jsonschema import Draft202012Validator
 
-from pipeline.lib.records import TASKS, parse_json
+from pipeline.lib.records import TASKS, json_object, parse_json
 from pipeline.lib.stage import BadInput
 
 SIZES = ("7B", "1B")
@@ -48,13 +48,9 @@ class Parts:
 DESTROYED = Parts(final=(0 + 1 + 0.25) / 3, task_aggregate=0, mia=1, mmlu=0.25)
 
 
-def _object(**properties: Any) -> dict[str, Any]:
-    return {"type": "object", "required": list(properties), "properties": properties}
-
-
 _PUBLISHED_NUMBER = {"type": "string", "pattern": r"^[01](\.[0-9]+)?$"}
 ROW = Draft202012Validator(
-    _object(
+    json_object(
         size={"enum": list(SIZES)},
         team={"type": "string", "minLength": 1},
         group={"enum": list(GROUPS)},
@@ -62,8 +58,8 @@ ROW = Draft202012Validator(
     )
 )
 _NUMBER = {"type": "number", "minimum": 0, "maximum": 1}
-_TWO = _object(**{"regurgitation-score": _NUMBER, "knowledge-score": _NUMBER})
-_SIDE = _object(**{task: _TWO for task in TASKS})
+_TWO = json_object(**{"regurgitation-score": _NUMBER, "knowledge-score": _NUMBER})
+_SIDE = json_object(**{task: _TWO for task in TASKS})
 _KEYS = {
     "forget-set": _SIDE,
     "retain-set": _SIDE,

@@ -35,8 +35,13 @@ _LARGEST = 1e6  # of a loss: JSON's 1e999 is infinity to Python
 _LOSS = {"type": ["number", "null"], "minimum": 0, "maximum": _LARGEST}
 
 
+def json_object(**properties: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the JSON schema of an object that has these properties, and may have others."""
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
 def _schema(**fields: Mapping[str, Any]) -> Draft202012Validator:
-    return Draft202012Validator({"type": "object", "required": list(fields), "properties": fields})
+    return Draft202012Validator(json_object(**fields))
 
 
 DATA_ROW = _schema(id=_ROW_ID | {"allOf": [_CHARACTERS]}, input=_WORDS, output=_WORDS, task={"enum": list(TASKS)})
@@ -57,6 +62,11 @@ MMLU = _schema(
     index={"type": "integer", "minimum": 0},
     answer={"enum": list(CHOICES)},
     probs={"type": "array", "items": {"type": "number", "minimum": 0, "maximum": 1}, "minItems": 4, "maxItems": 4},
+)
+_MEAN = {"type": ["number", "null"]}  # null: a mean over nothing
+FLUENCY = _schema(
+    forget=json_object(outputs=_MEAN, empty=_MEAN, repetition=_MEAN, log_likelihood=_MEAN),
+    held_out=json_object(source=_TEXT, texts=_MEAN, loss=_MEAN),
 )
 
 
