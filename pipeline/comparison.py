@@ -49,6 +49,9 @@ def systems(methods: Sequence[str], tuned: dict[str, Any], place: Path) -> list[
         if method not in tuned:
             raise BadInput(f"{place}: no {method!r} in it")
         best = str(tuned[method]["strength"])
+        if best == "1":
+            found.append((method, "as published, tuned", f"methods/{method}.1"))
+            continue
         found.append((method, "as published", f"methods/{method}.1"))
         found.append((method, f"tuned: x {best}", f"methods/{method}.{best}"))
     return found
@@ -125,7 +128,10 @@ def markdown(lines: Sequence[Line], name: str, draws: int) -> str:
         f"|---|---|{'---:|' * (len(PARTS) + 2 + len(FLUENT))}",
     ]
     for line in lines:
-        cells = [f"{fmean(values):.3f} ± {stdev(values):.3f}" for values in line["values"].values()]
+        cells = [
+            f"{fmean(values):.3f}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{stdev(values):.3f}"
+            for values in line["values"].values()
+        ]
         p = " | ".join("" if line[name] is None else f"{line[name]:.2g}" for name in ("p", "p_holm"))
         own = line["system"] in (OURS, *CONTROLS)
         system = f"**{line['system']}**" if own else line["system"].replace("_", " ")

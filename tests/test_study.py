@@ -100,6 +100,12 @@ def test_all_systems_are_compared_and_sorted_by_their_mean(draws: list[Path]):
     assert len(rows) == 6 and "not leaderboard numbers" in " ".join(table.split())
 
 
+def test_a_method_that_is_best_as_published_has_one_line(draws: list[Path]):
+    (draws[0].parent / "tuned.json").write_text(json.dumps({"npo": {"strength": "1"}}))
+    lines, _ = compare(draws)
+    assert [line["strength"] for line in lines if line["system"] == "npo"] == ["as published, tuned"]
+
+
 def test_what_the_score_does_not_see_stands_beside_it(draws: list[Path]):
     lines, table = compare(draws)
     ours = next(line for line in lines if line["system"] == comparison.OURS)["fluency"]
