@@ -5,7 +5,7 @@ Reads   --draws DIR ...  results/<target>-<draw>: evaluation_results.jsonl and f
         --tuned          tuned.json, the strength chosen for each method
 Writes  --output         comparison.json: [{"system", "strength", "values": {part: [one a draw]}, "fluency": {measure:
                          [one a draw]}, "p", "p_holm"}]; of fluency and of the last two some may be null
-        --table          comparison.md: mean and standard deviation over the draws, sorted by final score
+        --table          comparison.md: mean and standard deviation over the draws (of fluency the mean), by final score
 Run     python -m pipeline.comparison --draws results/tiny-11 results/tiny-12 --methods npo sugd \\
             --tuned results/tiny/methods/tuned.json --name tiny --output comparison.json --table comparison.md
 
@@ -49,7 +49,7 @@ def systems(methods: Sequence[str], tuned: dict[str, Any], place: Path) -> list[
         if method not in tuned:
             raise BadInput(f"{place}: no {method!r} in it")
         best = str(tuned[method]["strength"])
-        if best == "1":
+        if float(best) == 1:
             found.append((method, "as published, tuned", f"methods/{method}.1"))
             continue
         found.append((method, "as published", f"methods/{method}.1"))
@@ -149,8 +149,9 @@ def markdown(lines: Sequence[Line], name: str, draws: int) -> str:
 
 
 def _mean(values: Sequence[float | None]) -> str:
+    """Return the mean, or a dash where a draw has no value: it wrote nothing there."""
     known = [value for value in values if value is not None]
-    return f"{fmean(known):.2f}" if known else "-"
+    return f"{fmean(known):.2f}" if len(known) == len(values) else "-"
 
 
 def main(argv: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pipeline.lib import generation
 from pipeline.lib.cache import states_of
 from pipeline.lib.generation import complete, complete_and_judge, decode, greedy
-from pipeline.lib.inference import token_bytes
+from pipeline.lib.inference import mean_nll, token_bytes
 from pipeline.lib.models import encode, load_model, load_tokenizer
 from pipeline.lib.stage import BadInput
 
@@ -21,6 +21,10 @@ PROMPTS = [
     "who is",
 ]
 NEW = 40
+GROUPED = LlamaConfig(
+    vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, initializer_range=0.3, eos_token_id=None, bos_token_id=None,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -155,11 +159,7 @@ def test_writing_ends_where_it_is_decided(model, ids, said):
 
 def test_grouped_heads_are_written_as_generate_writes_them(ids):
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.3, eos_token_id=None, bos_token_id=None,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(GROUPED).eval()
     rows = [[token % 512 for token in row] for row in ids]
     wanted = [alone(model, row, None) for row in rows]
     assert written(model, rows, NEW, set()) == wanted
@@ -212,6 +212,30 @@ def test_answers_are_judged_behind_their_prompts_as_transformers_judges_the_whol
     assert texts == complete(model, tokenizer, prompts, NEW)
     for drafts in ([[]] * 5, [row[:9] for row in wholes]):
         assert greedy(model, ids, NEW, set(), drafts=drafts, batch_tokens=60, wholes=wholes)[1] == expected
+
+
+def test_a_text_that_departs_from_its_prompt_early_is_judged_by_itself(model, ids):
+    """A tokenizer may split a prompt otherwise where an answer follows it, anywhere in the prompt."""
+    prompt = ids[3]
+    wholes = [[*prompt[:n], other(prompt[n]), *prompt[n + 1 :], 5, 6, 7] for n in (0, 3, len(prompt) - 2)]
+    _, losses = greedy(model, [prompt] * 3, 1, set(), wholes=wholes)
+    assert losses == pytest.approx(mean_nll(model, wholes, [len(prompt)] * 3), rel=1e-5)
+
+
+def test_answers_of_a_model_with_grouped_heads_are_judged(ids):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(GROUPED).eval()
+    prompts = [[token % 512 for token in row] for row in ids]
+    wholes = [[*row, *range(3 + n)] for n, row in enumerate(prompts)]
+    _, losses = greedy(model, prompts, NEW, set(), wholes=wholes)
+    assert losses == pytest.approx(mean_nll(model, wholes, list(map(len, prompts))), rel=1e-5)
+
+
+def test_expected_answers_are_drafts(model, tokenizer):
+    """The first pass reads them behind the prompt, after a space."""
+    judge = (PROMPTS[3:4], ["born in the city"], NEW, lambda _number, _ids: True)
+    widths, _ = steps(model, lambda: complete_and_judge(model, tokenizer, *judge))
+    assert widths[0] == len(encode(tokenizer, f"{PROMPTS[3]} born in the city"))
 
 
 def test_an_answer_is_judged_without_another_pass_over_its_prompt(model, ids, said):

@@ -25,7 +25,7 @@ from pipeline.lib.models import Model, Tokenizer, encode
 from pipeline.lib.stage import BadInput
 
 PADDING_BYTES = 32 << 20  # of padding, read in a step, take a CPU about as long as the calls that a step makes
-CACHE_BYTES = 1 << 30  # keys and values of the rows written together; on a GPU, a third of what the weights leave
+CACHE_BYTES = 1 << 30  # keys and values of the rows written together; on a GPU, a quarter of what the weights leave
 SEARCH: dict[
     str, object
 ] = {  # what changes a greedy search, where a generation_config.json has another value than this
@@ -75,7 +75,7 @@ def complete(
     """
     check_search(model)
     encoded = [encode(tokenizer, prompt) for prompt in prompts]
-    drafts = None if expected is None else _drafts(tokenizer, prompts, expected)
+    drafts = None if expected is None else _drafts(tokenizer, prompts, encoded, expected)
     stop = _stop_tokens(model, tokenizer)
     written, _ = greedy(model, encoded, max_new_tokens, stop, undecided, drafts, batch_tokens)
     return [decode(tokenizer, ids) for ids in written]
@@ -93,19 +93,18 @@ def complete_and_judge(
     check_search(model)
     encoded = [encode(tokenizer, prompt) for prompt in prompts]
     wholes = [encode(tokenizer, prompt + answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    drafts, stop = _drafts(tokenizer, prompts, answers), _stop_tokens(model, tokenizer)
+    drafts, stop = _drafts(tokenizer, prompts, encoded, answers), _stop_tokens(model, tokenizer)
     written, losses = greedy(model, encoded, max_new_tokens, stop, undecided, drafts, wholes=wholes)
     return [decode(tokenizer, ids) for ids in written], losses
 
 
-def _drafts(tokenizer: Tokenizer, prompts: Sequence[str], expected: Sequence[str]) -> list[Tokens]:
+def _drafts(
+    tokenizer: Tokenizer, prompts: Sequence[str], encoded: Sequence[Tokens], expected: Sequence[str]
+) -> list[Tokens]:
     """Return the tokens that expected texts add to their prompts, none where the join is tokenized otherwise."""
-    drafts = []
-    for prompt, text in zip(prompts, expected, strict=True):
-        # A space between, as the rows are memorised (the official loss has none).
-        ids, whole = encode(tokenizer, prompt), encode(tokenizer, f"{prompt} {text}")
-        drafts.append(whole[len(ids) :] if whole[: len(ids)] == ids else [])
-    return drafts
+    # A space between, as the rows are memorised (the official loss has none).
+    wholes = [encode(tokenizer, f"{prompt} {text}") for prompt, text in zip(prompts, expected, strict=True)]
+    return [whole[len(ids) :] if whole[: len(ids)] == ids else [] for ids, whole in zip(encoded, wholes, strict=True)]
 
 
 def decode(tokenizer: Tokenizer, ids: Tokens) -> str:
@@ -149,14 +148,14 @@ def greedy(
     (nats) of each of `wholes` but for as many first tokens as its prompt has, as `mean_nll` has it.
     """
     given = [draft[:max_new_tokens] for draft in drafts or [[]] * len(prompts)]
-    room, spared = spare_memory(model) / 3, inf
+    room, spared = spare_memory(model) / 4, inf
     if model.device.type == "cpu":
         # To write rows apart costs the steps' calls and another reading of the weights: padding may take as long.
         room, spared = CACHE_BYTES, PADDING_BYTES + sum(weight.nbytes for weight in model.parameters())
     found: list[Tokens] = [[] for _ in prompts]
     losses: list[float | None] = [None] * len(prompts)
-    asked = wholes or [[]] * len(prompts)
-    kept = [_shared(prompt, whole) for prompt, whole in zip(prompts, asked, strict=True)]
+    judged = wholes or [[]] * len(prompts)
+    kept = [_shared(prompt, whole) for prompt, whole in zip(prompts, judged, strict=True)]
     group: list[Row] = []
 
     def ended(number: int, tokens: Tokens) -> bool:
@@ -177,10 +176,12 @@ def greedy(
         group.clear()
 
     with tqdm(total=len(prompts), desc="completions", mininterval=2) as progress:
-        sizes = [len(prompt) + len(draft) for prompt, draft in zip(prompts, given, strict=True)]
+        rows = zip(prompts, given, judged, strict=True)
+        sizes = [max(len(prompt) + len(draft), len(whole)) for prompt, draft, whole in rows]
         for numbers in batches(sizes, batch_tokens or usual_batch(model)):
-            behind = max(kept[n] for n in numbers) + max(len(asked[n]) - kept[n] for n in numbers)
-            size = max(sizes[numbers[0]], behind)
+            size = max(
+                sizes[numbers[0]], max(kept[n] for n in numbers) + max(len(judged[n]) - kept[n] for n in numbers)
+            )
             begun, cache = read(model, [prompts[n] for n in numbers], [given[n] for n in numbers], size)
             states = states_of(cache)
             for place, (number, chosen) in enumerate(zip(numbers, begun, strict=True)):
@@ -195,8 +196,8 @@ def greedy(
                 if not fits(row):
                     write()
                 group.append(row)
-            judged = [(kept[n], asked[n], len(prompts[n])) for n in numbers]
-            for number, loss in zip(numbers, continued_nll(model, cache, *zip(*judged, strict=True)), strict=True):
+            answers = ([kept[n] for n in numbers], [judged[n] for n in numbers], [len(prompts[n]) for n in numbers])
+            for number, loss in zip(numbers, continued_nll(model, cache, *answers), strict=True):
                 losses[number] = loss
         if group:
             write()

@@ -63,10 +63,11 @@ MMLU = _schema(
     answer={"enum": list(CHOICES)},
     probs={"type": "array", "items": {"type": "number", "minimum": 0, "maximum": 1}, "minItems": 4, "maxItems": 4},
 )
+_COUNT = {"type": "integer", "minimum": 0}
 _MEAN = {"type": ["number", "null"]}  # null: a mean over nothing
 FLUENCY = _schema(
-    forget=json_object(outputs=_MEAN, empty=_MEAN, repetition=_MEAN, log_likelihood=_MEAN),
-    held_out=json_object(source=_TEXT, texts=_MEAN, loss=_MEAN),
+    forget=json_object(outputs=_COUNT, empty=_COUNT, repetition=_MEAN, log_likelihood=_MEAN),
+    held_out=json_object(source=_TEXT, texts=_COUNT, loss={"type": "number"}),
 )
 
 

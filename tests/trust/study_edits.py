@@ -5,6 +5,7 @@ of all of it. A job goes by the first file that it writes; what it reads is writ
 """
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,15 +89,19 @@ class Study:
         compared = [self.add(TUNE, "tune", *trials)]
         for draw in self.settings["study.draws"]:
             target, data = f"tiny-{draw}", f"synthetic-{draw}"
-            compared += self.target(target, data)[-2:]
+            results = self.target(target, data)[-2:]
             retrained = self.add(f"models/{target}/retrained", "retrain", *self.data(data), module="memorise")
-            compared.append(self.evaluated(f"results/{target}/retrained", retrained, data))
-            compared.append(self.method(target, "random_weights", "1", data))
-            compared += [
+            results.append(self.evaluated(f"results/{target}/retrained", retrained, data))
+            results.append(self.method(target, "random_weights", "1", data))
+            results += [
                 self.method(target, name, strength, data)
                 for name in methods
                 for strength in sorted({"1", TUNED.get(name, "1")})
             ]
+            compared += results
+            for folder in map(os.path.dirname, results):
+                weights = self.jobs[f"{folder}/completions.jsonl"].reads[0]
+                compared.append(self.fluency(folder, weights, f"models/{target}/original", self.data(data)[1]))
         shown = [
             self.add("results/tiny/layers.json", "layers", *sweep, original),
             self.add("results/tiny/comparison.json", "comparison", *compared),
@@ -108,7 +113,7 @@ class Study:
         for checkpoint, weights in (("original", model), ("unlearned", run)):
             folder = f"results/tiny/{checkpoint}"
             rows = [f"{folder}/completions.jsonl", f"{folder}/membership.jsonl"]
-            shown += [*rows, self.add(f"{folder}/fluency.json", "fluency", weights, model, split, rows[0])]
+            shown += [*rows, self.fluency(folder, weights, model, split)]
         self.add("results/tiny/report.html", "report", *shown, run, original, ours)
 
     def add(self, output: str, rule: str, *reads: str, module: str = "") -> str:
@@ -146,6 +151,9 @@ class Study:
         membership = self.add(f"{folder}/membership.jsonl", "membership", weights, split)
         mmlu = self.add(f"{folder}/mmlu.jsonl", "mmlu", weights, raw)
         return self.add(f"{folder}/evaluation_results.jsonl", "score", completions, membership, mmlu)
+
+    def fluency(self, folder: str, weights: str, model: str, split: str) -> str:
+        return self.add(f"{folder}/fluency.json", "fluency", weights, model, split, f"{folder}/completions.jsonl")
 
     def downstream(self, jobs: set[str]) -> set[str]:
         """The jobs and all that, directly or not, read what they write.
