@@ -177,7 +177,7 @@ class Study:
 
 
 BASE = Study(STUDY)
-DRAWN = [name for name, job in BASE.jobs.items() if job.rule == "score" and "tiny-" in name]
+DRAWN = [name for name, job in BASE.jobs.items() if job.rule in ("score", "fluency") and "tiny-" in name]
 
 
 def fake_study(folder: Path) -> Path:
