@@ -37,19 +37,19 @@ class Checkpoint:
     dataset: str
     goal: str
     rows: int | None = None  # of each side; None: all
-    questions: int | None = 0  # of each subject; None: all; 0: MMLU is not measured on it
+    mmlu: bool = False  # measured on it, too
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     threads: int = 1  # as in config.yaml: on the smallest models a second thread only waits
 
 
 CHECKPOINTS = (
-    Checkpoint("tiny", "models/tiny/original", "synthetic", ">= 8", questions=None),
+    Checkpoint("tiny", "models/tiny/original", "synthetic", ">= 8", mmlu=True),
     Checkpoint(
         "tiny, unlearned", "results/tiny/unlearned", "synthetic", ">= 8", dtypes=(torch.float32, torch.bfloat16)
     ),
-    Checkpoint("lume", "models/lume/original", "sample", ">= 8", questions=None),
+    Checkpoint("lume", "models/lume/original", "sample", ">= 8", mmlu=True),
     Checkpoint("lume, unlearned", "results/lume/unlearned", "sample", ">= 8"),
-    Checkpoint("135M, base", "models/135m/base", "sample135m", ">= 3", rows=12, questions=72, threads=2),
+    Checkpoint("135M, base", "models/135m/base", "sample135m", ">= 3", rows=12, mmlu=True, threads=2),
 )
 
 
@@ -71,9 +71,9 @@ def measurements(groups: Sequence[str]) -> Iterator[Measurement]:
             for dtype in one.dtypes:
                 goal = one.goal if dtype == torch.float32 else "-"
                 yield from completion.measure(one.name, folder, data, goal, one.rows, dtype, one.threads)
-        if "mmlu" in groups and one.questions != 0:
+        if "mmlu" in groups and one.mmlu:
             if MMLU.is_dir():
-                yield from questions.measure(one.name, folder, MMLU, one.questions, one.threads)
+                yield from questions.measure(one.name, folder, MMLU, one.threads)
             else:
                 print(f"NOT RUN: {one.name}: no {MMLU}: snakemake makes it", file=sys.stderr)
 

@@ -12,12 +12,12 @@ from pipeline.lib.multiple_choice import Subject, choice_probabilities, fitting_
 SUBJECTS = ["abstract_algebra", "anatomy", "college_physics", "global_facts", "management", "professional_accounting"]
 
 
-def ours(model_folder: Path, data: Path, questions: int | None, threads: int) -> Side:
+def ours(model_folder: Path, data: Path, threads: int) -> Side:
     """Run the stage's own function."""
     side = Side()
     torch.set_num_threads(threads)
     model, tokenizer = load_model(model_folder), load_tokenizer(model_folder)
-    subjects = read_subjects(data, SUBJECTS, questions)
+    subjects = read_subjects(data, SUBJECTS)
     with side.timed("all"):
         side.values["probabilities"] = [
             row for subject in subjects for row in choice_probabilities(model, tokenizer, subject)
@@ -25,12 +25,12 @@ def ours(model_folder: Path, data: Path, questions: int | None, threads: int) ->
     return side
 
 
-def reference(model_folder: Path, data: Path, questions: int | None, threads: int) -> Side:
+def reference(model_folder: Path, data: Path, threads: int) -> Side:
     """Run each prompt through the whole model, one at a time: on a CPU batches with padding would only be slower."""
     side = Side()
     torch.set_num_threads(threads)
     model, tokenizer = load_model(model_folder), load_tokenizer(model_folder)
-    subjects = read_subjects(data, SUBJECTS, questions)
+    subjects = read_subjects(data, SUBJECTS)
     with side.timed("all"):
         side.values["probabilities"] = [row for subject in subjects for row in plain(model, tokenizer, subject)]
     return side
@@ -44,9 +44,9 @@ def plain(model: Model, tokenizer: Tokenizer, subject: Subject) -> list[list[flo
     return [model(prompt).logits[0, -1].softmax(-1)[letters].tolist() for prompt in prompts]
 
 
-def measure(name: str, model_folder: Path, data: Path, questions: int | None, threads: int) -> list[Measurement]:
+def measure(name: str, model_folder: Path, data: Path, threads: int) -> list[Measurement]:
     """Measure both sides on one checkpoint."""
-    arguments = (model_folder, data, questions, threads)
+    arguments = (model_folder, data, threads)
     plain, fast = alone(reference, *arguments), alone(ours, *arguments)
     pairs = list(zip(fast.values["probabilities"], plain.values["probabilities"], strict=True))
     apart = max(abs(a - b) for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True))

@@ -43,7 +43,7 @@ def test_both_completions_give_the_same_rows(checkpoint: Path, data: Path, monke
 def test_both_ways_to_ask_give_the_same_probabilities(checkpoint: Path, tmp_path: Path):
     for subject in questions.SUBJECTS:
         write_csv(tmp_path, QUESTIONS, subject)
-    plain, fast = (side(checkpoint, tmp_path, None, 1) for side in (questions.reference, questions.ours))
+    plain, fast = (side(checkpoint, tmp_path, 1) for side in (questions.reference, questions.ours))
     assert len(plain.values["probabilities"]) == 2 * len(questions.SUBJECTS)
     for row, expected in zip(fast.values["probabilities"], plain.values["probabilities"], strict=True):
         assert row == pytest.approx(expected, abs=1e-6)
