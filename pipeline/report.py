@@ -63,8 +63,6 @@ COLOURS = {"member": BLUE, "nonmember": ORANGE}
 SET_NAMES = {"member": "members (forget documents)", "nonmember": "non-members"}
 
 _NUMBER = {"type": ["number", "null"]}
-
-
 _TEXT = {"type": "string"}
 _CONDITION = json_object(condition=_TEXT, holds={"type": "boolean"}, evidence=_TEXT)
 CLAIMS = Draft202012Validator(
