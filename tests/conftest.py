@@ -17,7 +17,9 @@ import torch
 from filelock import FileLock
 from transformers import OlmoConfig, OlmoForCausalLM, PreTrainedTokenizerFast
 
+from pipeline.lib.models import load_model, load_tokenizer
 from pipeline.lib.records import write_jsonl, write_parquet
+from pipeline.unlearn import read_texts
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -107,6 +109,28 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, rows: dict[str, list[di
         initializer_range=0.2,
     )
     OlmoForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def memorised(checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint, trained until it knows all rows by heart."""
+    folder = tmp_path_factory.mktemp("memorised") / "model"
+    shutil.copytree(checkpoint, folder)
+    model, tokenizer = load_model(checkpoint).train(), load_tokenizer(checkpoint)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    texts = [text for side in ("forget", "retain") for text in read_texts(data / side, side, tokenizer)]
+    rows = [torch.tensor(text.tokens) for text in texts]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
+    for _ in range(1500):
+        loss = model(ids.clamp(min=0), labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if loss < 0.15:
+            break
+    assert loss < 0.15  # the first tokens of a row nothing can tell
+    model.save_pretrained(folder)
     return folder
 
 

@@ -490,18 +490,6 @@ def test_an_entry_tells_its_rule_and_which_condition_failed():
 # ---- the stage ----
 
 
-@pytest.fixture(scope="module")
-def memorised(tmp_path_factory: pytest.TempPathFactory, data: Path, checkpoint: Path) -> Path:
-    """conftest's random model, trained on its rows until it knows nearly all of their answers."""
-    folder = tmp_path_factory.mktemp("memorised") / "model"
-    shutil.copytree(checkpoint, folder)
-    study = study_of(checkpoint, data, unlearn.Decoder(checkpoint))
-    texts = claims.answered(study.texts["forget"] + study.texts["retain"])
-    assert probes.fine_tune(study.model, texts, 3e-3, 100, known=0.9) < 100
-    study.model.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def folders(tmp_path: Path, data: Path, memorised: Path) -> list[str]:
     """The arguments for a small model and the rows of conftest."""

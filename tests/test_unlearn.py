@@ -276,27 +276,6 @@ def documents(forget) -> list[Text]:
     return [text for text in forget if text.task == "Task3" and "sc" in text.id]
 
 
-@pytest.fixture(scope="module")
-def memorised(checkpoint: Path, forget, retain, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint, trained until it knows all rows by heart."""
-    folder = tmp_path_factory.mktemp("memorised") / "model"
-    shutil.copytree(checkpoint, folder)
-    model = load_model(checkpoint).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
-    rows = [text.tokens for text in forget + retain]
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-100)
-    for _ in range(1500):
-        loss = model(ids.clamp(min=0), labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if loss < 0.15:
-            break
-    assert loss < 0.15  # the first tokens of a row nothing can tell
-    model.save_pretrained(folder)
-    return folder
-
-
 def moved(checkpoint: Path, trained: tuple[int, ...], size: float = 0.02):
     """A whole model with other matrices, and the decoder's upper part with the same."""
     generator = torch.Generator().manual_seed(0)
