@@ -257,7 +257,8 @@ def submission(study: Study, seed: int) -> dict[int, Tensor]:
     model = functools.cache(lambda: unlearn.whole_model(study.folder, retain[-1]))  # in the submission's precision
     general, own = unlearn.sample_texts(model, study.tokenizer, forget, retain, settings)
     model.cache_clear()
-    *_, (_, matrices) = unlearn.aim(study.decoder, forget, retain, general, own, settings, float("inf"))
+    end: int = study.tokenizer.eos_token_id
+    *_, (_, matrices) = unlearn.aim(study.decoder, forget, retain, general, own, end, settings, float("inf"))
     return matrices
 
 

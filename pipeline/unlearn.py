@@ -24,7 +24,8 @@ changes, and other text pays for it. So what is submitted (`aim`, the default) k
   linear solve (`step`), for the gradient of log odds in W_l is known; it is repeated, some rounds, as Gauss and Newton
   do.
 - Held are the retain rows and text sampled from the model, which stands for all else that it knows
-  (`general_wishes`). Retain tokens that become doubtful all the same are raised in the same solve.
+  (`general_wishes`). Tokens of retain answers, and what ends them, that become doubtful all the same are raised in the
+  same solve; rounds go on until they are right.
 - A document is to become as surprising as one never seen, and no more, for an attack by loss asks about that. No unseen
   document is given; how surprising one would be is estimated (`unseen_loss`), and goals are spread about the estimate
   (`spread`).
@@ -123,6 +124,7 @@ PROMPT = 0.3  # weight of the given part of a document, where the attack does no
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 LEAD = 1.0  # nats by which the right token must lead: this runs in bfloat16, and other numerics say another near a tie
 SAFE = 2.0  # nats by which it is to lead once it is raised
+FEW = 0.05  # of the tokens of retain answers: while more are wrong, forget rows have another round
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +143,7 @@ class Settings:
     general: float = 1.5  # weight of general text, sampled from the model, against 1 for the retain rows
     general_ratio: float = 2.5  # tokens of general text for each retain token
     ridge: float = 1e-5  # added to the normal equations, as a part of their mean diagonal
-    rounds: int = 6  # of aimed steering, at most
+    rounds: int = 6  # of aimed steering, the last of retain rows alone; up to three times as many if these need them
     # descent
     learning_rate: float = 5e-5
     batch_size: int = 8  # rows of each side
@@ -218,7 +220,8 @@ def unlearn(
                         progress.write(name, {str(n): torch.tensor(text.tokens) for n, text in enumerate(texts)})
                 model.cache_clear()  # the whole model is not needed any more
                 if settings.method == "aim":
-                    found = aim(decoder, forget, retain, general, own, settings, deadline, progress)
+                    end = tokenizer.eos_token_id
+                    found = aim(decoder, forget, retain, general, own, end, settings, deadline, progress)
                 else:
                     found = iter([(0.0, solve(decoder, forget, retain, general, settings, progress, inputs))])
             kept = progress.load("kept") if checkpoint.written() else {}
@@ -1053,6 +1056,7 @@ def aim(
     retain: list[Text],
     general: list[Text],
     own: list[Text],
+    end: int,
     settings: Settings,
     deadline: float,
     progress: "Progress | None" = None,
@@ -1066,12 +1070,15 @@ def aim(
     where the words before do not tell them, so that phrases which any document may have stay. And documents that the
     attack asks about are to lose, about (`spread`), what an unseen one would (`unseen_loss`, found in every second
     round; before, they aim as other documents do). A row that loses as much in the mean is left alone, a document that
-    loses more is pulled back. Tokens of retain answers that do not lead by `LEAD` any more are raised in the same step,
-    and in the last round they alone. Each row has a factor of its own in it: some respond ten times as much as others.
+    loses more is pulled back. Tokens of retain answers, and what ends them, that do not lead by `LEAD` any more are
+    raised in the same step; in the last round they alone, and if any is still wrong, its row again. Where many are
+    wrong before that (many rows, few weights), both sides have more rounds, at most as many again. Each row has a
+    factor of its own in a step: some respond ten times as much as others.
     """
     upper = Upper(decoder, settings.trained)
     lowered = upper.rows(forget, [lowered_weights(text) for text in forget])
-    raised = upper.rows(retain, [torch.ones(len(text.tokens) - max(1, text.prompt)) for text in retain])
+    ended = [dataclasses.replace(text, tokens=[*text.tokens, end]) for text in retain]
+    raised = upper.rows(ended, [torch.ones(len(text.tokens) - max(1, text.prompt)) for text in ended])
     whitenings = whitenings_of(upper, ((raised, 1.0), (upper.whole(general), settings.general)), settings)
     kinds = {kind: [row for row, text in enumerate(forget) if kind_of(text) == kind] for kind in map(kind_of, forget)}
     aims = untouched_aims(upper, lowered, kinds)
@@ -1083,54 +1090,68 @@ def aim(
     estimated = bool(mixed and mixed_own)  # of one document there is no mixture
 
     goals = list(aims)
+    wrong = [0] * len(retain)  # tokens of each row, when they were looked at last
+    least = LEAD
+
+    def raises(row: int, odds: Tensor) -> Tensor:
+        wrong[row] = int((known[row] & (odds < 0)).sum())
+        return raising(odds, known[row], least)
+
     sides: list[tuple[Rows, Callable[[int, Tensor], Tensor]]] = [
         (lowered, lambda row, odds: lowering(odds, goals[row], lowered.weights[row], is_document(forget[row]))),
-        (raised, lambda row, odds: raising(odds, known[row])),
+        (raised, raises),
     ]
+    many, most = FEW * sum(map(len, known)), 3 * settings.rounds
     saved = progress.load("rounds") if progress else {}
-    done = int(saved.pop("done")) if saved else 0
+    done, alone = (int(saved.pop(name)) if saved else 0 for name in ("done", "alone"))
     level = saved.pop("level").item() if saved else 0.0
     likely = [set(range(len(forget))), set[int]()]  # all ask at first, of retain rows few do
     if saved:
         likely = [set(saved.pop(f"asked {n}").tolist()) for n in (0, 1)]
+        wrong = saved.pop("wrong").tolist()
     for index, matrix in saved.items():
         upper.matrices[int(index)].copy_(matrix)
-    if done == settings.rounds:  # killed after the last one
+    if done == most:  # killed after the last one
         yield 0.0, upper.matrices
     longest = due = 0.0
-    for number in tqdm(range(done, settings.rounds), desc="rounds", mininterval=2):
+    for number in tqdm(range(done, most), desc="rounds", total=settings.rounds, mininterval=2):
         begun = time.monotonic()
-        first, final = number == 0, number + 1 == settings.rounds
-        fresh = not estimated or not (first or final or number % 2)
-        if fresh and estimated:  # it may take as long as the rest of a round, and changes slowly
+        first, late = number == 0, number + 1 >= settings.rounds
+        if alone:  # what is left are rows with a wrong token, few
+            least, likely[1] = 0.0, set()
+        alone = alone or (late and (sum(wrong) <= many or number + 1 >= 2 * settings.rounds))
+        fresh = late or not estimated or not (first or number % 2)
+        if fresh and estimated and not late:  # it may take as long as the rest of a round, and changes slowly
             level = unseen_loss(upper, unseen)
         if attacked and level:
             means = [aims[row].mean().item() for row in kinds[attacked]]
             for row, mean, goal in zip(kinds[attacked], means, spread(means, level), strict=True):
                 goals[row] = goal / mean * aims[row]
         # In the first round no retain token has moved yet; the last one is theirs alone, to raise what moved before it.
-        looked_at = (first or not final, not first)
+        looked_at = (first or not alone, not first)
         found = [
             pulls_of(upper, *side, asked) if look else {}
             for side, asked, look in zip(sides, likely, looked_at, strict=True)
         ]
         likely = [set(pulls) for pulls in found]
         pulls = [pull for side in found for pull in side.values()]
+        over = number + 1 == most or (fresh and not pulls)
         if pulls:
             step(upper, pulls, whitenings)
         if not all(matrix.isfinite().all() for matrix in upper.matrices.values()):
             raise BadInput(f"the changes are not finite: the ridge {settings.ridge} is out of range")
         if progress:
             state = {str(index): matrix for index, matrix in upper.matrices.items()}
-            done = settings.rounds if fresh and not pulls else number + 1
+            done = most if over else number + 1
             state |= {"done": torch.tensor(done), "level": torch.tensor(level, dtype=torch.float64)}
+            state |= {"alone": torch.tensor(alone), "wrong": torch.tensor(wrong)}
             state |= {f"asked {n}": torch.tensor(sorted(rows)) for n, rows in enumerate(likely)}
             progress.save("rounds", state)
         given = time.monotonic()
         longest = max(longest, given - begun)
-        last = (fresh and not pulls) or final or given + longest > deadline
+        last = over or given + longest > deadline
         if given >= due or last:
-            yield float(settings.rounds - number - 1), upper.matrices
+            yield float(most - number - 1), upper.matrices
             due = time.monotonic() + (time.monotonic() - given) / SAVING
             longest = max(longest, time.monotonic() - begun)
         if last:
@@ -1186,9 +1207,13 @@ def lowering(odds: Tensor, goal: Tensor, weights: Tensor, document: bool) -> Ten
     return torch.zeros_like(odds)
 
 
-def raising(odds: Tensor, known: Tensor) -> Tensor:
-    """Return by how much the log odds of a retain row's answer are to change: where it was known and hardly leads."""
-    return torch.where(known & (odds < LEAD), (SAFE - odds).clamp(max=LARGEST), 0.0)
+def raising(odds: Tensor, known: Tensor, least: float = LEAD) -> Tensor:
+    """Return by how much the log odds of a retain row's answer are to change: where it was known and hardly leads.
+
+    If any of it does not lead by `least`; else nothing is asked for.
+    """
+    change = torch.where(known & (odds < LEAD), (SAFE - odds).clamp(max=LARGEST), 0.0)
+    return change if (known & (odds < least)).any() else torch.zeros_like(change)
 
 
 def lowered_weights(text: Text) -> Tensor:

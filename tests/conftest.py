@@ -114,13 +114,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, rows: dict[str, list[di
 
 @pytest.fixture(scope="session")
 def memorised(checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint, trained until it knows all rows by heart."""
+    """The checkpoint, trained until it knows all rows by heart, with their ends."""
     folder = tmp_path_factory.mktemp("memorised") / "model"
     shutil.copytree(checkpoint, folder)
     model, tokenizer = load_model(checkpoint).train(), load_tokenizer(checkpoint)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     texts = [text for side in ("forget", "retain") for text in read_texts(data / side, side, tokenizer)]
-    rows = [torch.tensor(text.tokens) for text in texts]
+    rows = [torch.tensor([*text.tokens, tokenizer.eos_token_id]) for text in texts]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
     for _ in range(1500):
         loss = model(ids.clamp(min=0), labels=ids).loss

@@ -24,6 +24,7 @@ from pipeline.unlearn import BadInput, Decoder, Progress, Settings, identity, re
 from tests.conftest import ROOT, snakemake
 
 AIMED = Settings("aim", (2, 3, 4), general_ratio=5.0, rounds=4)
+END = 0  # the end-of-text token of the checkpoint in conftest
 SOLVED = Settings("solve", (2, 3, 4), beta=3.0, alpha=5.0, general_ratio=5.0)
 DESCENDED = Settings("descend", (2, 3, 4), beta=3.0, alpha=10.0, epochs=5, batch_size=4, learning_rate=0.1)
 SETTINGS = {"aim": AIMED, "solve": SOLVED, "descend": DESCENDED}
@@ -151,7 +152,7 @@ def test_a_solved_block_is_not_solved_again(checkpoint: Path, data: Path, left, 
 def test_aimed_steering_goes_on_after_the_last_saved_round(
     checkpoint: Path, data: Path, left, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Two of four rounds were saved; without their state all four are run again, the last two as they were."""
+    """Two rounds were saved; without their state all are run again, the later ones as they were."""
     monkeypatch.setattr(submission, "SAVING", math.inf)  # every round, on however slow a disk
     asked: list[set[int]] = []
     pulls_of = submission.pulls_of
@@ -163,16 +164,18 @@ def test_aimed_steering_goes_on_after_the_last_saved_round(
         progress = Progress(folder, identity(checkpoint, AIMED, *sides, None))
         general, own = progress.texts("general"), progress.texts("own")
         own = [submission.in_words(load_tokenizer(checkpoint), text) for text in own]
-        found = submission.aim(Decoder(checkpoint), *sides, general, own, AIMED, math.inf, progress)
+        found = submission.aim(Decoder(checkpoint), *sides, general, own, END, AIMED, math.inf, progress)
         return [rounds_left for rounds_left, _ in found]
 
-    assert rounds()[0] == 1.0 and int(load_file(folder / "rounds.safetensors")["done"]) == 4
+    most = 3 * AIMED.rounds
+    later = rounds()
+    assert later[0] == most - 3 and int(load_file(folder / "rounds.safetensors")["done"]) == most
     gone_on = asked.copy()
     assert rounds() == [0.0]  # killed after the last one
     (folder / "rounds.safetensors").unlink()
     asked.clear()
-    assert rounds()[0] == 3.0
-    assert gone_on == asked[-3:] and len({frozenset(rows) for rows in gone_on}) > 1  # the last is of retain rows alone
+    assert rounds() == [most - 1, most - 2, *later]
+    assert gone_on == asked[-len(gone_on) :] and len({frozenset(rows) for rows in gone_on}) > 1
 
 
 def test_a_run_that_was_killed_when_all_had_lost_enough_runs_no_round_more(
@@ -183,10 +186,10 @@ def test_a_run_that_was_killed_when_all_had_lost_enough_runs_no_round_more(
     left_over = []
     for _ in range(2):
         progress = Progress(tmp_path / "unfinished", "run")
-        found = submission.aim(Decoder(checkpoint), *sides, [], [], AIMED, math.inf, progress)
+        found = submission.aim(Decoder(checkpoint), *sides, [], [], END, AIMED, math.inf, progress)
         left_over.append([rounds_left for rounds_left, _ in found])
         monkeypatch.setattr(submission, "pulls_of", lambda *_: pytest.fail("a round more"))
-    assert left_over == [[3.0], [0.0]]
+    assert left_over == [[3.0 * AIMED.rounds - 1], [0.0]]
 
 
 @pytest.mark.parametrize("size", [100, 200_000], ids=["not even the state", "the state, not the model"])

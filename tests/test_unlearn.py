@@ -29,6 +29,7 @@ TRAINED = {f"model.layers.{i}.mlp.down_proj.weight" for i in (2, 3, 4)}
 SMALL = Settings("descend", (2, 3, 4), beta=3.0, alpha=10.0, epochs=3, batch_size=4, learning_rate=1e-3)
 SOLVED = Settings("solve", (2, 3, 4), beta=3.0, alpha=5.0, general=1.0, general_ratio=1.0)
 AIMED = Settings("aim", (2, 3, 4), general_ratio=1.0, rounds=6)
+END = 0  # the end-of-text token of the checkpoint in conftest
 
 
 @pytest.fixture(scope="module")
@@ -660,7 +661,7 @@ def sample_general(model, tokenizer, forget, retain, settings: Settings) -> list
 
 def aim_of(folder: Path, forget, retain, settings: Settings, deadline: float = math.inf):
     own = sample_own(whole(folder), load_tokenizer(folder), forget, retain)
-    arguments = Decoder(folder, torch.float32), forget, retain, [], own, settings, deadline
+    arguments = Decoder(folder, torch.float32), forget, retain, [], own, END, settings, deadline
     return [(left, {n: matrix.clone() for n, matrix in found.items()}) for left, found in submission.aim(*arguments)]
 
 
@@ -688,10 +689,14 @@ def test_documents_end_at_what_an_unseen_one_would_lose_and_are_pulled_back_abov
         assert statistics.stdev(losses) > 0.5 * submission.SPREAD * level
 
 
-def test_a_level_is_found_between_rounds_and_the_last_one_is_the_retain_rows_alone(
+def test_a_level_is_found_between_rounds_and_the_last_ones_are_the_retain_rows_alone(
     memorised: Path, forget, retain, monkeypatch: pytest.MonkeyPatch
 ):
-    """What is looked at, in order: the attack's level, forget rows, retain rows; no level in the fifth of five."""
+    """What is looked at, in order: the attack's level, forget rows, retain rows; no level in the fifth of five.
+
+    While many retain tokens are wrong, both sides have more rounds, at most as many again; as many more, at most, if
+    some still are when retain rows are alone.
+    """
     seen: list[str] = []
     looked = submission.pulls_of
 
@@ -702,10 +707,27 @@ def test_a_level_is_found_between_rounds_and_the_last_one_is_the_retain_rows_alo
     monkeypatch.setattr(submission, "pulls_of", pulls_of)
     monkeypatch.setattr(submission, "unseen_loss", lambda *_: seen.append("level") or 2.4)
     both = ["forget", "retain"]
-    for rounds, later in ((5, []), (6, ["level", *both])):
+    for few, rounds, later in ((1.0, 5, []), (1.0, 6, ["level", *both]), (-1.0, 6, ["level", *both, *6 * both])):
         seen.clear()
+        monkeypatch.setattr(submission, "FEW", few)
         aim_of(memorised, forget, retain, dataclasses.replace(AIMED, rounds=rounds))
-        assert seen == ["forget", *both, "level", *both, *both, *later, "retain"]
+        expected = ["forget", *both, "level", *both, *both, *later, "retain"]
+        assert seen[: len(expected)] == expected
+        assert set(seen[len(expected) :]) == {"retain"} and len(seen) - len(expected) <= 2 * rounds
+
+
+def test_retain_answers_end_as_they_did_and_where_they_did(memorised: Path, forget, retain):
+    ended = [dataclasses.replace(text, tokens=[*text.tokens, END]) for text in retain]
+    model = load_model(memorised)
+    with torch.no_grad():
+        known = [log_odds(model, text, len(text.tokens) - max(1, text.prompt)) > 0 for text in ended]
+    assert all(row[-1] for row in known)
+    *_, (_, matrices) = aim_of(memorised, forget, retain, AIMED)
+    for index, matrix in matrices.items():
+        model.model.layers[index].mlp.down_proj.weight.data = matrix
+    with torch.no_grad():
+        for text, row in zip(ended, known, strict=True):
+            assert (log_odds(model, text, len(row)) > 0)[row].all()
 
 
 def test_without_documents_questions_are_forgotten_and_without_questions_documents(memorised: Path, forget, retain):
@@ -735,12 +757,12 @@ def test_one_round_is_left_by_a_deadline_and_few_reach_a_caller_that_takes_long(
 ):
     monkeypatch.setattr(submission, "SAVING", math.inf)
     every = aim_of(memorised, forget, retain, AIMED)
-    assert [left for left, _ in every] == [5, 4, 3, 2, 1, 0]
+    assert [left for left, _ in every] == list(range(17, 17 - len(every), -1))
     ((left, found),) = aim_of(memorised, forget, retain, AIMED, -math.inf)
-    assert left == 5 and all(torch.equal(found[n], matrix) for n, matrix in every[0][1].items())
+    assert left == 17 and all(torch.equal(found[n], matrix) for n, matrix in every[0][1].items())
     monkeypatch.setattr(submission, "SAVING", 1e-9)
     taken = aim_of(memorised, forget, retain, AIMED)
-    assert [left for left, _ in taken] == [5, 0]
+    assert [left for left, _ in taken] == [17, every[-1][0]]
     assert all(torch.equal(taken[-1][1][n], matrix) for n, matrix in every[-1][1].items())
 
 
