@@ -124,7 +124,7 @@ PROMPT = 0.3  # weight of the given part of a document, where the attack does no
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 LEAD = 1.0  # nats by which the right token must lead: this runs in bfloat16, and other numerics say another near a tie
 SAFE = 2.0  # nats by which it is to lead once it is raised
-FEW = 0.05  # of the tokens of retain answers: while more are wrong, forget rows have another round
+FEW = 0.03  # of the tokens of retain answers: while more are wrong, forget rows have another round
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1068,12 +1068,14 @@ def aim(
     Each token of a forget row is to lose so much, in nats: half of what a guess among all tokens loses. Of documents
     only in the mean: their tokens are to lose more or less, by what the untouched model loses on them in `mixtures`,
     where the words before do not tell them, so that phrases which any document may have stay. And documents that the
-    attack asks about are to lose, about (`spread`), what an unseen one would (`unseen_loss`, found in every second
-    round; before, they aim as other documents do). A row that loses as much in the mean is left alone, a document that
-    loses more is pulled back. Tokens of retain answers, and what ends them, that do not lead by `LEAD` any more are
-    raised in the same step; in the last round they alone, and if any is still wrong, its row again. Where many are
-    wrong before that (many rows, few weights), both sides have more rounds, at most as many again. Each row has a
-    factor of its own in a step: some respond ten times as much as others.
+    attack asks about are to lose, about (`spread`), what an unseen one would (`unseen_loss`, found in the third round
+    and the fifth; before, they aim as other documents do). A row that loses as much in the mean is left alone, a
+    document that loses more is pulled back.
+
+    Tokens of retain answers, and what ends them, that do not lead by `LEAD` any more are raised in the same step; in
+    the last round they alone, and if any is still wrong (less likely than all others together), its row again. Where
+    many are wrong before that (many rows, few weights), both sides have more rounds, at most as many again; where time
+    is short, fewer. Each row has a factor of its own in a step: some respond ten times as much as others.
     """
     upper = Upper(decoder, settings.trained)
     lowered = upper.rows(forget, [lowered_weights(text) for text in forget])
@@ -1097,18 +1099,16 @@ def aim(
         wrong[row] = int((known[row] & (odds < 0)).sum())
         return raising(odds, known[row], least)
 
-    sides: list[tuple[Rows, Callable[[int, Tensor], Tensor]]] = [
-        (lowered, lambda row, odds: lowering(odds, goals[row], lowered.weights[row], is_document(forget[row]))),
-        (raised, raises),
-    ]
-    many, most = FEW * sum(map(len, known)), 3 * settings.rounds
+    def lowers(row: int, odds: Tensor) -> Tensor:
+        return lowering(odds, goals[row], lowered.weights[row], is_document(forget[row]))
+
+    many, most = FEW * int(torch.cat(known).sum()), 3 * settings.rounds
     saved = progress.load("rounds") if progress else {}
     done, alone = (int(saved.pop(name)) if saved else 0 for name in ("done", "alone"))
     level = saved.pop("level").item() if saved else 0.0
     likely = [set(range(len(forget))), set[int]()]  # all ask at first, of retain rows few do
     if saved:
         likely = [set(saved.pop(f"asked {n}").tolist()) for n in (0, 1)]
-        wrong = saved.pop("wrong").tolist()
     for index, matrix in saved.items():
         upper.matrices[int(index)].copy_(matrix)
     if done == most:  # killed after the last one
@@ -1119,7 +1119,6 @@ def aim(
         first, late = number == 0, number + 1 >= settings.rounds
         if alone:  # what is left are rows with a wrong token, few
             least, likely[1] = 0.0, set()
-        alone = alone or (late and (sum(wrong) <= many or number + 1 >= 2 * settings.rounds))
         fresh = late or not estimated or not (first or number % 2)
         if fresh and estimated and not late:  # it may take as long as the rest of a round, and changes slowly
             level = unseen_loss(upper, unseen)
@@ -1127,14 +1126,16 @@ def aim(
             means = [aims[row].mean().item() for row in kinds[attacked]]
             for row, mean, goal in zip(kinds[attacked], means, spread(means, level), strict=True):
                 goals[row] = goal / mean * aims[row]
-        # In the first round no retain token has moved yet; the last one is theirs alone, to raise what moved before it.
-        looked_at = (first or not alone, not first)
-        found = [
-            pulls_of(upper, *side, asked) if look else {}
-            for side, asked, look in zip(sides, likely, looked_at, strict=True)
-        ]
-        likely = [set(pulls) for pulls in found]
-        pulls = [pull for side in found for pull in side.values()]
+        up, down = {}, {}
+        if not first:  # no retain token has moved yet
+            up = pulls_of(upper, raised, raises, likely[1])
+            hurried = begun + 2 * longest > deadline  # what moved is to be raised, if nothing else
+            enough = late and (sum(wrong) <= many or number + 1 >= 2 * settings.rounds)
+            alone = alone or enough or hurried
+        if not alone:
+            down = pulls_of(upper, lowered, lowers, likely[0])
+        likely = [set(down), set(up)]
+        pulls = [*down.values(), *up.values()]
         over = number + 1 == most or (fresh and not pulls)
         if pulls:
             step(upper, pulls, whitenings)
@@ -1144,7 +1145,7 @@ def aim(
             state = {str(index): matrix for index, matrix in upper.matrices.items()}
             done = most if over else number + 1
             state |= {"done": torch.tensor(done), "level": torch.tensor(level, dtype=torch.float64)}
-            state |= {"alone": torch.tensor(alone), "wrong": torch.tensor(wrong)}
+            state["alone"] = torch.tensor(alone)
             state |= {f"asked {n}": torch.tensor(sorted(rows)) for n, rows in enumerate(likely)}
             progress.save("rounds", state)
         given = time.monotonic()

@@ -11,6 +11,7 @@ is the shell's own word. Operations reach it by `__torch_dispatch__`; the modes 
 (`torch.zeros(device=...)`) or ends outside of torch (`tolist`).
 """
 
+import atexit
 import runpy
 import sys
 from collections.abc import Callable, Iterable
@@ -83,8 +84,13 @@ def asked_for(args: Any, kwargs: Any) -> torch.device | None:
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.device)), None)
 
 
+computed = 0  # operations on the pretended GPU
+
+
 def compute(operation: Any, args: Any, kwargs: Any) -> Any:
     """Run an operation on what is in the shells. Its results are shells if it was asked for, or given, any."""
+    global computed
+    computed += 1
     name = operation._schema.name
     # CUDA takes indices from the CPU, the values that it puts there not.
     given = tree_leaves((args[0], args[2:3]) if name in INDEXED else (args, kwargs))
@@ -158,6 +164,7 @@ def install() -> None:
     from pipeline.lib.processes import state  # it imports accelerate, which is to see the above
 
     state().device = GPU
+    atexit.register(lambda: print(f"{computed} operations on the pretended GPU", file=sys.stderr))
 
 
 def main(words: Iterable[str]) -> None:

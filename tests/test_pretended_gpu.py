@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,11 +59,17 @@ def test_the_pretended_gpu_refuses_what_cuda_refuses_and_takes_what_cuda_takes()
     assert said.stdout.splitlines() == wanted, said.stderr
 
 
+def check(done: subprocess.CompletedProcess[str]) -> None:
+    """Fail unless a process went well, and computed on the GPU."""
+    assert done.returncode == 0, done.stderr
+    (operations,) = re.findall(r"(\d+) operations on the pretended GPU", done.stderr)
+    assert int(operations) > 1000
+
+
 def on_gpu(*words: str | Path) -> None:
     """Run a stage."""
     command = [sys.executable, "-m", "tests.pretended_gpu", *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    check(subprocess.run(command, cwd=ROOT, capture_output=True, text=True))
 
 
 SETTINGS = {
@@ -86,7 +93,7 @@ def test_unlearning_on_a_gpu_changes_the_matrices_as_on_a_cpu_in_bfloat16(
         "from pathlib import Path\nfrom pipeline.unlearn import Settings, unlearn\n"
         f"unlearn(*map(Path, {folders}), {settings})"
     )
-    assert done.returncode == 0, done.stderr
+    check(done)
     assert "cannot be kept" not in done.stderr  # what a killed run goes on from
     before, cpu, gpu = (
         load_file(folder / "model.safetensors") for folder in (memorised, tmp_path / "cpu", tmp_path / "gpu")
@@ -154,5 +161,5 @@ def test_claims_are_judged_on_a_gpu(words: dict[str, list[str]], memorised: Path
         "claims.SEARCH = probes.Search(steps=2, width=4, top=8)\n"
         f"claims.main({line})"
     )
-    assert done.returncode == 0, done.stderr
+    check(done)
     assert [entry["claim"] for entry in json.loads((tmp_path / "claims.json").read_text())] == list(CLAIMS)

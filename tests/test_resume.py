@@ -4,6 +4,7 @@ The kill is a real SIGKILL that the process sends to itself just before it renam
 """
 
 import dataclasses
+import itertools
 import math
 import resource
 import shutil
@@ -176,6 +177,35 @@ def test_aimed_steering_goes_on_after_the_last_saved_round(
     asked.clear()
     assert rounds() == [most - 1, most - 2, *later]
     assert gone_on == asked[-len(gone_on) :] and len({frozenset(rows) for rows in gone_on}) > 1
+
+
+def test_a_run_killed_after_any_round_ends_with_the_same_matrices(
+    memorised: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever side a round is of; the state of each is copied when it has been yielded."""
+    monkeypatch.setattr(submission, "SAVING", math.inf)
+    monkeypatch.setattr(submission, "FEW", 0.02)
+    sides = sides_of(memorised, data)
+    asked: list[int] = []
+    pulls_of = submission.pulls_of
+    monkeypatch.setattr(submission, "pulls_of", lambda *args: (asked.append(len(asked)), pulls_of(*args))[1])
+
+    def run(folder: Path):
+        decoder = Decoder(memorised, torch.float32)
+        found = submission.aim(decoder, *sides, [], [], END, AIMED, math.inf, Progress(folder, "run"))
+        return ({n: matrix.clone() for n, matrix in matrices.items()} for _, matrices in found)
+
+    looks = []
+    matrices: dict[int, torch.Tensor] = {}
+    for number, found in enumerate(run(tmp_path / "whole")):
+        matrices = found
+        shutil.copytree(tmp_path / "whole", tmp_path / str(number))
+        looks.append(len(asked))
+    sizes = [after - before for before, after in itertools.pairwise(looks)]
+    assert {1, 2} == set(sizes)  # retain rows alone, and both
+    for killed in range(number):
+        *_, last = run(tmp_path / str(killed))
+        assert all(torch.equal(last[n], matrix) for n, matrix in matrices.items())
 
 
 def test_a_run_that_was_killed_when_all_had_lost_enough_runs_no_round_more(

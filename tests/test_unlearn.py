@@ -689,31 +689,67 @@ def test_documents_end_at_what_an_unseen_one_would_lose_and_are_pulled_back_abov
         assert statistics.stdev(losses) > 0.5 * submission.SPREAD * level
 
 
+@pytest.fixture
+def looks(memorised: Path, retain, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
+    """What `aim` looks at: the level, forget rows, and retain rows with the share of their tokens now wrong."""
+    ended = [dataclasses.replace(text, tokens=[*text.tokens, END]) for text in retain]
+    seen: list[tuple[str, float]] = []
+    known: list[torch.Tensor] = []
+    looked = submission.pulls_of
+
+    def pulls_of(upper, rows, *others):
+        share = 0.0
+        if rows.texts == ended:
+            known[:] = known or [odds > 0 for odds in untouched(upper, rows)]
+            odds = upper.all_log_odds(rows)
+            wrong = sum((row & (now < 0)).sum().item() for row, now in zip(known, odds, strict=True))
+            share = wrong / sum(row.sum().item() for row in known)
+        seen.append(("retain" if rows.texts == ended else "forget", share))
+        return looked(upper, rows, *others)
+
+    def untouched(upper, rows):
+        original = submission.Upper(Decoder(memorised, torch.float32), AIMED.trained)
+        return original.all_log_odds(rows)
+
+    monkeypatch.setattr(submission, "pulls_of", pulls_of)
+    monkeypatch.setattr(submission, "unseen_loss", lambda *_: seen.append(("level", 0.0)) or 2.4)
+    return seen
+
+
 def test_a_level_is_found_between_rounds_and_the_last_ones_are_the_retain_rows_alone(
-    memorised: Path, forget, retain, monkeypatch: pytest.MonkeyPatch
+    memorised: Path, forget, retain, looks, monkeypatch: pytest.MonkeyPatch
 ):
-    """What is looked at, in order: the attack's level, forget rows, retain rows; no level in the fifth of five.
+    """No level in the fifth of five rounds, nor in those that follow the sixth of six.
 
     While many retain tokens are wrong, both sides have more rounds, at most as many again; as many more, at most, if
     some still are when retain rows are alone.
     """
-    seen: list[str] = []
-    looked = submission.pulls_of
-
-    def pulls_of(upper, rows, *others):
-        seen.append("forget" if rows.texts == forget else "retain")
-        return looked(upper, rows, *others)
-
-    monkeypatch.setattr(submission, "pulls_of", pulls_of)
-    monkeypatch.setattr(submission, "unseen_loss", lambda *_: seen.append("level") or 2.4)
-    both = ["forget", "retain"]
+    both = ["retain", "forget"]
     for few, rounds, later in ((1.0, 5, []), (1.0, 6, ["level", *both]), (-1.0, 6, ["level", *both, *6 * both])):
-        seen.clear()
+        looks.clear()
         monkeypatch.setattr(submission, "FEW", few)
         aim_of(memorised, forget, retain, dataclasses.replace(AIMED, rounds=rounds))
+        seen = [what for what, _ in looks]
         expected = ["forget", *both, "level", *both, *both, *later, "retain"]
         assert seen[: len(expected)] == expected
         assert set(seen[len(expected) :]) == {"retain"} and len(seen) - len(expected) <= 2 * rounds
+
+
+def test_forget_rows_have_rounds_until_few_retain_tokens_are_wrong(
+    memorised: Path, forget, retain, looks, monkeypatch: pytest.MonkeyPatch
+):
+    """Few are a share that lies between those of two late rounds."""
+    monkeypatch.setattr(submission, "FEW", -1.0)
+    aim_of(memorised, forget, retain, dataclasses.replace(AIMED, rounds=2))
+    shares = [share for what, share in looks if what == "retain"]
+    few = next((before + after) / 2 for before, after in itertools.pairwise(shares[:3]) if after < before)
+    looks.clear()
+    monkeypatch.setattr(submission, "FEW", few)
+    aim_of(memorised, forget, retain, dataclasses.replace(AIMED, rounds=2))
+    late = looks[1:]  # the first round is of forget rows alone
+    alone = next(place for place, (what, share) in enumerate(late) if what == "retain" and share <= few)
+    assert alone > 0
+    assert [what for what, _ in late] == ["retain", "forget"] * (alone // 2) + ["retain"] * (len(late) - alone)
 
 
 def test_retain_answers_end_as_they_did_and_where_they_did(memorised: Path, forget, retain):
