@@ -752,6 +752,21 @@ def test_forget_rows_have_rounds_until_few_retain_tokens_are_wrong(
     assert [what for what, _ in late] == ["retain", "forget"] * (alone // 2) + ["retain"] * (len(late) - alone)
 
 
+@pytest.mark.parametrize("seconds", range(10, 30))
+def test_where_time_is_short_the_last_round_is_the_retain_rows_alone(
+    memorised: Path, forget, retain, looks, monkeypatch: pytest.MonkeyPatch, seconds: int
+):
+    """By a clock that goes on by a second whenever it is asked: a round takes one, and some to hand it over."""
+    clock = itertools.count()
+    monkeypatch.setattr(submission.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(submission, "SAVING", math.inf)
+    monkeypatch.setattr(submission, "FEW", -1.0)
+    aim_of(memorised, forget, retain, AIMED, seconds)
+    seen = [what for what, _ in looks]
+    assert seen.count("retain") < AIMED.rounds + 5
+    assert seen[-1] == "retain"
+
+
 def test_retain_answers_end_as_they_did_and_where_they_did(memorised: Path, forget, retain):
     ended = [dataclasses.replace(text, tokens=[*text.tokens, END]) for text in retain]
     model = load_model(memorised)
