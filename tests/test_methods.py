@@ -205,6 +205,19 @@ def test_measuring_the_time_of_a_step_moves_nothing_and_the_deadline_stops(job: 
     assert all(torch.equal(value, weights[key]) for key, value in job.model.state_dict().items())
 
 
+def test_a_deadline_after_the_first_step_of_a_warm_up_is_refused(job: Job):
+    parameters = train_only(job.model, lambda name: name == "lm_head.weight")
+    short = Job(**{**vars(job), "deadline": clock() + 0.5})
+
+    def slow(_: Step) -> torch.Tensor:
+        while clock() <= short.deadline:
+            pass
+        return parameters[0].sum()
+
+    with pytest.raises(BadInput, match="--minutes is too short"):
+        descend(short, parameters, Settings(0.01, 3, 1, 1, warmup=1), [shuffled(job, TOFU)], slow)
+
+
 @pytest.mark.parametrize(
     ("published", "seconds", "fit"),
     [(7, 1000.0, 7), (7, 70.0, 7), (7, 69.0, 6), (7, 35.0, 3), (7, 9.0, 1), (7, -5.0, 1)],

@@ -142,7 +142,7 @@ def test_a_checkpoint_is_measured_on_a_gpu_as_on_a_cpu_in_bfloat16(
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_a_peers_method_changes_the_weights_on_a_gpu(checkpoint: Path, data: Path, tmp_path: Path, method: str):
     folders = [checkpoint, tmp_path / "out", data / "forget", data / "retain"]
-    on_gpu(f"pipeline.methods.{method}", *folders, "--seed", "7", "--minutes", "0.05")
+    on_gpu(f"pipeline.methods.{method}", *folders, "--seed", "7", "--minutes", "0.15")
     before, after = (load_file(folder / "model.safetensors") for folder in folders[:2])
     assert any(not torch.equal(before[name], after[name]) for name in before)
 

@@ -245,13 +245,14 @@ def test_what_has_no_draws_is_not_compared(made: Path, target: str):
 
 def test_an_edit_in_a_local_folder_is_seen(made: Path, tmp_path: Path):
     shutil.copytree(made / "data" / "raw" / "synthetic", tmp_path / "my data")
+    checkout = clean_copy(tmp_path / "checkout")
     words = ["--config", f"data={tmp_path / 'my data'}"]
-    done = snakemake(made, "data/raw/semeval25", *words)
+    done = snakemake(checkout, "data/raw/semeval25", *words)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert planned(made, *words, goals=["data/raw/semeval25"]) == set()
+    assert planned(checkout, *words, goals=["data/raw/semeval25"]) == set()
     with (tmp_path / "my data" / "retain_train.jsonl").open("a") as file:
         file.write("\n")
-    assert planned(made, *words, goals=["data/raw/semeval25"]) == {"fetch_data"}
+    assert planned(checkout, *words, goals=["data/raw/semeval25"]) == {"fetch_data"}
 
 
 def test_a_draw_asks_the_questions_that_its_target_asks(tmp_path: Path):

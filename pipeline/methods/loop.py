@@ -248,7 +248,7 @@ def descend(
     job.model.train()
     an_epoch = seconds_a_step(job, parameters, phases[0][0]) * sum(len(phase[0]) for phase in phases)
     epochs = epochs_within(settings.epochs, an_epoch, job.deadline - clock())
-    done = 0
+    done, moved = 0, False
     for phase in tqdm(phases, desc="phases", mininterval=2, disable=len(phases) == 1):
         steps = [step for epoch in phase[:epochs] for step in epoch]
         optimizer = AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0, fused=True)
@@ -260,10 +260,11 @@ def descend(
                 loss = objective(step)
             if not loss.isfinite():
                 raise BadInput(f"the loss is {loss.item()} at step {done + 1}: --strength {job.strength} is too large")
+            moved = moved or schedule.get_last_lr()[0] > 0  # a warm-up's first step is of length 0
             update(loss, optimizer, parameters)
             schedule.step()
             done += 1
-    if done == 0:
+    if not moved:
         raise BadInput("--minutes is too short for a single step")
     used = {"phases": len(phases), "epochs": epochs, "gradient_norm": 1.0}
     return Done(dataclasses.asdict(settings) | used, done / sum(len(phase[0]) for phase in phases), done)
