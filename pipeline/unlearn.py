@@ -108,8 +108,8 @@ NOVEL = 3  # words: so many in a row of a row that was memorised are not written
 GENERAL_LENGTH = 128  # tokens of each text that stands for all else that the model knows
 OPENED = 3  # tokens of a retain row that open a text of its kind
 TEMPERATURE = 1.15  # of sampled text
-OWN = 36  # texts that the model writes as it writes documents, to measure how surprising an unseen one is
-OWN_LENGTH = 256  # tokens of each, at most
+OWN = 48  # texts that the model writes as it writes documents, to measure how surprising an unseen one is
+OWN_LENGTH = 192  # tokens of each, at most
 OWN_TEMPERATURE = 1.25
 UNSEEN = 1.1  # what an unseen document loses, as a multiple of the estimate in `unseen_loss`
 SPREAD = 0.2  # of the level, the standard deviation of what documents are to lose: see `spread`
@@ -815,6 +815,10 @@ class Upper:
         """Run the blocks below on texts of which all tokens count."""
         return self.rows(texts, [torch.ones(len(text.tokens) - 1) for text in texts])
 
+    def later(self, texts: list[Text]) -> Rows:
+        """Run the blocks below on texts of which the later half counts."""
+        return self.rows(texts, [torch.ones(len(text.tokens) // 2) for text in texts])
+
     def block(self, index: int) -> Module:
         """Return a block with its original weights."""
         return self.blocks.get(index) or self.decoder.block(index)
@@ -947,13 +951,15 @@ class Pull:
     entering: dict[int, Tensor]  # a by block, (tokens, intermediate)
 
 
-def pulls_of(upper: Upper, rows: Rows, asks: Callable[[int, Tensor], Tensor], likely: set[int]) -> dict[int, Pull]:
-    """Return by row what it asks for, of those that ask for a change.
+def pulls_of(
+    upper: Upper, rows: Rows, asks: Callable[[int, Tensor], Tensor], likely: set[int], among: Sequence[int]
+) -> dict[int, Pull]:
+    """Return by row what it asks for, of those `among` the rows that ask for a change.
 
     `asks` says of a row and its tokens' log odds by how much each is to change, (counted,). Rows that are `likely` to
     ask run once, ready for gradients; others without, and again with them if they ask.
     """
-    others = [row for row in range(len(rows.texts)) if row not in likely]
+    others = [row for row in among if row not in likely]
     asking = {row for row, odds in zip(others, upper.all_log_odds(rows, others), strict=True) if asks(row, odds).any()}
     chosen = sorted(likely | asking)
     weights = {index: matrix.to(upper.decoder.dtype) for index, matrix in upper.matrices.items()}
@@ -1088,7 +1094,7 @@ def aim(
     attacked = attacked_kind(forget)
     documents = [text for text in forget + retain if kind_of(text) == attacked]
     mixed, mixed_own = (joined(texts, mixtures(texts, 1, 1)) for texts in (documents, own))
-    unseen = [upper.whole(texts) for texts in (mixed, own, mixed_own)]
+    unseen = [upper.whole(mixed), *(upper.later(texts) for texts in (own, mixed_own))]
     estimated = bool(mixed and mixed_own)  # of one document there is no mixture
 
     goals = list(aims)
@@ -1126,19 +1132,26 @@ def aim(
             means = [aims[row].mean().item() for row in kinds[attacked]]
             for row, mean, goal in zip(kinds[attacked], means, spread(means, level), strict=True):
                 goals[row] = goal / mean * aims[row]
-        up, down = {}, {}
+        up, down, hurried = {}, {}, False
         if not first:  # no retain token has moved yet
-            up = pulls_of(upper, raised, raises, likely[1])
+            up = pulls_of(upper, raised, raises, likely[1], range(len(retain)))
             hurried = begun + 2 * longest > deadline  # what moved is to be raised, if nothing else
             enough = late and (sum(wrong) <= many or number + 1 >= 2 * settings.rounds)
             alone = alone or enough or hurried
         if not alone:
-            down = pulls_of(upper, lowered, lowers, likely[0])
+            down = pulls_of(upper, lowered, lowers, likely[0], range(len(forget)))
         likely = [set(down), set(up)]
         pulls = [*down.values(), *up.values()]
         over = number + 1 == most or (fresh and not pulls)
         if pulls:
             step(upper, pulls, whitenings)
+        if alone and up and not hurried:  # those rows are made right before all are looked at again
+            least = 0.0
+            for _ in range(settings.rounds):
+                up = pulls_of(upper, raised, raises, set(), sorted(up))
+                if not up:
+                    break
+                step(upper, list(up.values()), whitenings)
         if not all(matrix.isfinite().all() for matrix in upper.matrices.values()):
             raise BadInput(f"the changes are not finite: the ridge {settings.ridge} is out of range")
         if progress:
@@ -1235,7 +1248,8 @@ def unseen_loss(upper: Upper, texts: Sequence[Rows]) -> float:
 
     No unseen document is given. Mixtures of the words of documents of both sides are as unseen, some of their words to
     be forgotten and some held; but they make no sense. What sense is worth is measured on text that the model writes
-    itself: how much less it loses there than on mixtures of that. `UNSEEN` was found on small models.
+    itself: how much less it loses there than on mixtures of that, in the later half, for what is near an opening is
+    near what is forgotten. `UNSEEN` was found on small models.
     """
     mixed, own, mixed_own = (upper.mean_loss(rows) for rows in texts)
     return UNSEEN * mixed * own / mixed_own
@@ -1347,9 +1361,10 @@ def general_wishes(tokenizer: Any, forget: list[Text], retain: list[Text], setti
 def own_wishes(tokenizer: Any, forget: list[Text], retain: list[Text]) -> list[Wish]:
     """Ask for `OWN` texts as the model writes documents, opened as those that the attack asks about.
 
-    They are of about the same length, recite nothing but phrases that several documents have, as an unseen one may have
-    them too, and are drawn at a temperature at which they are as surprising to the model as what others wrote. They are
-    not held, so what becomes of them becomes of unseen text.
+    But by nobody's name: an opening's tokens are of as many documents. What follows a name that is to be forgotten
+    suffers with it, and text about nobody known does not. They are of about the same length, recite nothing but phrases
+    that several documents have, as an unseen one may have them too, and are drawn at a temperature at which they are as
+    surprising to the model as what others wrote. They are not held, so what becomes of them becomes of unseen text.
     """
     kind = attacked_kind(forget)
     documents = [text for text in forget + retain if kind_of(text) == kind]
@@ -1357,7 +1372,13 @@ def own_wishes(tokenizer: Any, forget: list[Text], retain: list[Text]) -> list[W
     if length < 2:
         return []
     before = len(_encode(tokenizer, ""))
-    openings = [documents[n % len(documents)].tokens[: before + OPENED] for n in range(OWN)]
+    openings = []
+    for number in range(OWN):
+        lap, first = divmod(number, len(documents))
+        stride = 1 + lap % max(1, len(documents) - 1)  # never a multiple of their number: neighbours differ
+        others = [documents[(first + stride * n) % len(documents)].tokens for n in range(OPENED)]
+        opening = [token for n, tokens in enumerate(others) for token in tokens[before + n : before + n + 1]]
+        openings.append(documents[first].tokens[:before] + opening)
     barred = continuations(tokenizer, forget + retain, documents)
     return [Wish(opening, length, OWN_TEMPERATURE, barred) for opening in openings]
 
