@@ -1079,9 +1079,10 @@ def aim(
     document that loses more is pulled back.
 
     Tokens of retain answers, and what ends them, that do not lead by `LEAD` any more are raised in the same step; in
-    the last round they alone, and if any is still wrong (less likely than all others together), its row again. Where
-    many are wrong before that (many rows, few weights), both sides have more rounds, at most as many again; where time
-    is short, fewer. Each row has a factor of its own in a step: some respond ten times as much as others.
+    the last round they alone, and while any is still wrong (less likely than all others together), its row again: such
+    rows by themselves, up to `rounds` times, before all are looked at in a round more. Where many are wrong before that
+    (many rows, few weights), both sides have more rounds, at most as many again; where time is short, fewer. Each row
+    has a factor of its own in a step: some respond ten times as much as others.
     """
     upper = Upper(decoder, settings.trained)
     lowered = upper.rows(forget, [lowered_weights(text) for text in forget])
@@ -1132,7 +1133,7 @@ def aim(
             means = [aims[row].mean().item() for row in kinds[attacked]]
             for row, mean, goal in zip(kinds[attacked], means, spread(means, level), strict=True):
                 goals[row] = goal / mean * aims[row]
-        up, down, hurried = {}, {}, False
+        up, down = {}, {}
         if not first:  # no retain token has moved yet
             up = pulls_of(upper, raised, raises, likely[1], range(len(retain)))
             hurried = begun + 2 * longest > deadline  # what moved is to be raised, if nothing else
@@ -1145,13 +1146,20 @@ def aim(
         over = number + 1 == most or (fresh and not pulls)
         if pulls:
             step(upper, pulls, whitenings)
-        if alone and up and not hurried:  # those rows are made right before all are looked at again
+        asking = sorted(up)
+        pulls, up, down = [], {}, {}  # of 7B gigabytes
+        looked = time.monotonic() - begun
+        longest = max(longest, looked)
+        if alone:  # those rows are made right before all are looked at again
             least = 0.0
             for _ in range(settings.rounds):
-                up = pulls_of(upper, raised, raises, set(), sorted(up))
-                if not up:
+                if not asking or time.monotonic() + longest > deadline:
                     break
-                step(upper, list(up.values()), whitenings)
+                up = pulls_of(upper, raised, raises, set(), asking)
+                asking = sorted(up)
+                if up:
+                    step(upper, list(up.values()), whitenings)
+                up = {}
         if not all(matrix.isfinite().all() for matrix in upper.matrices.values()):
             raise BadInput(f"the changes are not finite: the ridge {settings.ridge} is out of range")
         if progress:
@@ -1162,12 +1170,11 @@ def aim(
             state |= {f"asked {n}": torch.tensor(sorted(rows)) for n, rows in enumerate(likely)}
             progress.save("rounds", state)
         given = time.monotonic()
-        longest = max(longest, given - begun)
         last = over or given + longest > deadline
         if given >= due or last:
             yield float(most - number - 1), upper.matrices
             due = time.monotonic() + (time.monotonic() - given) / SAVING
-            longest = max(longest, time.monotonic() - begun)
+            longest = max(longest, looked + time.monotonic() - given)
         if last:
             break
 
@@ -1361,7 +1368,7 @@ def general_wishes(tokenizer: Any, forget: list[Text], retain: list[Text], setti
 def own_wishes(tokenizer: Any, forget: list[Text], retain: list[Text]) -> list[Wish]:
     """Ask for `OWN` texts as the model writes documents, opened as those that the attack asks about.
 
-    But by nobody's name: an opening's tokens are of as many documents. What follows a name that is to be forgotten
+    But by nobody's name: an opening's tokens are of several documents. What follows a name that is to be forgotten
     suffers with it, and text about nobody known does not. They are of about the same length, recite nothing but phrases
     that several documents have, as an unseen one may have them too, and are drawn at a temperature at which they are as
     surprising to the model as what others wrote. They are not held, so what becomes of them becomes of unseen text.
@@ -1369,16 +1376,17 @@ def own_wishes(tokenizer: Any, forget: list[Text], retain: list[Text]) -> list[W
     kind = attacked_kind(forget)
     documents = [text for text in forget + retain if kind_of(text) == kind]
     length = min(OWN_LENGTH, round(statistics.mean(len(text.tokens) for text in documents))) if documents else 0
-    if length < 2:
+    if length < 2 or len(documents) < 2:
         return []
     before = len(_encode(tokenizer, ""))
+    named = documents[:: max(1, len(documents) // OWN)]  # of both sides
     openings = []
     for number in range(OWN):
-        lap, first = divmod(number, len(documents))
-        stride = 1 + lap % max(1, len(documents) - 1)  # never a multiple of their number: neighbours differ
-        others = [documents[(first + stride * n) % len(documents)].tokens for n in range(OPENED)]
-        opening = [token for n, tokens in enumerate(others) for token in tokens[before + n : before + n + 1]]
-        openings.append(documents[first].tokens[:before] + opening)
+        lap, first = divmod(number, len(named))
+        stride = 1 + lap % (len(named) - 1)  # never a multiple of their number: neighbours differ
+        parts = [named[(first + stride * n) % len(named)].tokens for n in range(OPENED)]
+        opening = [token for n, tokens in enumerate(parts) for token in tokens[before + n : before + n + 1]]
+        openings.append(named[first].tokens[:before] + opening)
     barred = continuations(tokenizer, forget + retain, documents)
     return [Wish(opening, length, OWN_TEMPERATURE, barred) for opening in openings]
 

@@ -207,15 +207,19 @@ def test_measuring_the_time_of_a_step_moves_nothing_and_the_deadline_stops(job: 
 
 def test_a_deadline_after_the_first_step_of_a_warm_up_is_refused(job: Job):
     parameters = train_only(job.model, lambda name: name == "lm_head.weight")
-    short = Job(**{**vars(job), "deadline": clock() + 0.5})
+    short = Job(**{**vars(job), "deadline": clock() + 2})
 
-    def slow(_: Step) -> torch.Tensor:
+    steps = []
+
+    def slow(step: Step) -> torch.Tensor:
+        steps.append(step)
         while clock() <= short.deadline:
             pass
         return parameters[0].sum()
 
     with pytest.raises(BadInput, match="--minutes is too short"):
         descend(short, parameters, Settings(0.01, 3, 1, 1, warmup=1), [shuffled(job, TOFU)], slow)
+    assert len(steps) == 1
 
 
 @pytest.mark.parametrize(

@@ -815,6 +815,7 @@ def test_where_time_is_short_the_last_round_is_the_retain_rows_alone(
     seen = [what for what, _ in looks]
     assert seen.count("retain") < AIMED.rounds + 5
     assert seen[-1] == "retain"
+    assert next(clock) < seconds + 8  # a round of both sides more would be as long
 
 
 def test_retain_answers_end_as_they_did_and_where_they_did(memorised: Path, forget, retain):
@@ -904,7 +905,9 @@ def test_own_text_opens_as_documents_of_both_sides_do_but_by_nobodys_name(
     def unread():
         pytest.fail("a model was read, though nothing is sampled")
 
+    assert len(set(openings)) > len(both)  # another way in each lap
     assert sample_own(unread, tokenizer, asked, retain) == []
+    assert sample_own(unread, tokenizer, both[:1], asked) == []  # nobody to open it with
     assert sample_general(unread, tokenizer, forget, retain, dataclasses.replace(AIMED, general=0.0)) == []
 
 
