@@ -39,8 +39,8 @@ RMU and Adaptive RMU themselves are here for the study of blocks and claims:
 
 By `solve` and `descend` blocks are read from the checkpoint one at a time and no second model is held; `aim` needs the
 blocks from the first trained one on, and keeps them if there is room. Text is padded on the right, where causal
-attention never looks, and neither padding nor the first token (its activation is an outlier in every decoder) is
-steered.
+attention never looks. Padding is left out everywhere; so is the first token, whose activation is an outlier in every
+decoder: it is not steered, nor held.
 
 A run that was killed goes on where it stopped, if called again with the same arguments, and ends with the same tensors
 (but on a GPU, which does not take sums in one order).
@@ -98,6 +98,7 @@ COPIES = 4  # mixtures that each piece of a document is in
 LEAST = 0.02  # nats that a token is to lose
 PIECE = 4  # words of a document that stay together in the mixtures that say which of them any document may have
 TOLD = 128  # tokens whose logits are held at once
+PASS_TOKENS = 8192  # of a batch that is passed through a block without gradients
 GRADIENT_TOKENS = 2048  # of a batch whose logits or gradients are taken
 SHORT = 128  # tokens: for rows up to there gradients of torch's fused attention take a CPU longer than of the plain one
 FORMED_BYTES = 1 << 30  # of gradients in a matrix, of all rows, that are formed together
@@ -335,10 +336,10 @@ def check_settings(settings: Settings, depth: int) -> None:
                 raise BadInput(f"{name} is of RMU: aimed steering has none (--method solve or descend)")
     if settings.method != "descend" and settings.coefficient == "growing":
         raise BadInput("a growing coefficient follows a model in training: only the descent has one")
-    for name in ("ridge", "rounds", "learning_rate", "batch_size", "epochs"):
+    for name in ("answer", "ridge", "rounds", "learning_rate", "batch_size", "epochs"):
         if not getattr(settings, name) > 0:
             raise BadInput(f"{name} is {getattr(settings, name)}, expected more than 0")
-    for name in ("beta", "alpha", "minutes", "answer", "general", "general_ratio"):
+    for name in ("beta", "alpha", "minutes", "general", "general_ratio"):
         if not getattr(settings, name) >= 0:
             raise BadInput(f"{name} is {getattr(settings, name)}, expected 0 or more")
 
@@ -514,20 +515,18 @@ class Decoder:
             )
 
     @torch.no_grad()
-    def advance(self, block: Module, states: list[Tensor], batch_tokens: int = 8192) -> list[Tensor]:
+    def advance(self, block: Module, states: list[Tensor]) -> list[Tensor]:
         """Return the block's output for each row of `states`, (tokens, hidden) in and out."""
         lengths = [len(state) for state in states]
         outputs = allocate(lengths, states[0].shape[1], self.dtype, self.device) if states else []
-        for rows in batches(lengths, batch_tokens, ALIKE):
+        for rows in batches(lengths, PASS_TOKENS, ALIKE):
             hidden = self.run(block, pad_sequence([states[i] for i in rows], batch_first=True))
             for row, output in zip(rows, unpad(hidden, [lengths[i] for i in rows]), strict=True):
                 outputs[row].copy_(output)
         return outputs
 
     @torch.no_grad()
-    def activations(
-        self, block: Module, states: list[Tensor], batch_tokens: int = 8192
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def activations(self, block: Module, states: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return for each row what enters down_proj and what leaves the block, (tokens, intermediate or hidden)."""
         if not states:
             return [], []
@@ -536,7 +535,7 @@ class Decoder:
         leaving = allocate(lengths, states[0].shape[1], self.dtype, self.device)
         seen: list[Tensor] = []
         hook = block.mlp.down_proj.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
-        for rows in batches(lengths, batch_tokens, ALIKE):
+        for rows in batches(lengths, PASS_TOKENS, ALIKE):
             output = self.run(block, pad_sequence([states[i] for i in rows], batch_first=True))
             for place, row in enumerate(rows):
                 entering[row].copy_(seen[-1][place, : lengths[row]])
@@ -605,8 +604,9 @@ class Stream:
 def token_weights(texts: list[Text], answer: float) -> list[Tensor]:
     """Return the weight of each token, (tokens,) a row, with sum 1 over all rows: the loss is a weighted mean.
 
-    Every task and kind of row weighs the same, as in the task's score, however many tokens it has. A token from which
-    a part of the answer is predicted (or its end) weighs `answer` times as much as another; the first token nothing.
+    Every task and kind of row weighs the same, as in the task's score, however many tokens it has. From the last token
+    of the prompt on, the first that an answer is predicted from, tokens weigh `answer` times as much as others; the
+    first token of all nothing.
     """
     weights = []
     for text in texts:
@@ -726,7 +726,7 @@ class Equations:
 
     def add(self, fit: Fit, weight: float) -> None:
         """Add tokens, their weights times `weight`."""
-        for rows in batches([len(row) for row in fit.entering], 8192):
+        for rows in batches([len(row) for row in fit.entering], PASS_TOKENS):
             w = weight * torch.cat([fit.weights[row] for row in rows]).to(self.gram.device)[:, None]
             a = torch.cat([fit.entering[row] for row in rows]).float()
             missing = torch.cat([fit.target[row].float() - fit.leaving[row].float() for row in rows])
@@ -799,10 +799,9 @@ class Upper:
         roomy = size * decoder.dtype.itemsize <= room
         self.blocks = {index: decoder.block(index) for index in range(self.first, decoder.depth) if roomy}
         # What a pass keeps for the way back: of each token and block some ten times what enters it and four times what
-        # enters its down_proj. Where that is too much, blocks run again on the way back.
+        # enters its down_proj. In a batch of more tokens than there is room for, blocks run again on the way back.
         width = 10 * decoder.config.hidden_size + 4 * decoder.config.intermediate_size
-        graph = GRADIENT_TOKENS * (decoder.depth - self.first) * width * decoder.dtype.itemsize
-        self.again = graph > room // 2
+        self.passing = room // 2 // ((decoder.depth - self.first) * width * decoder.dtype.itemsize)
 
     def rows(self, texts: list[Text], weights: list[Tensor]) -> Rows:
         """Run the blocks below on texts."""
@@ -844,9 +843,10 @@ class Upper:
                 return self.decoder.run(block, hidden, weights[index])
 
         hidden = pad_sequence([rows.states[row] for row in chosen], batch_first=True)
+        again = passed is not None and hidden.shape[:2].numel() > self.passing
+        through: Any = functools.partial(checkpoint, run, use_reentrant=False) if again else run
         for index in range(self.first, self.decoder.depth):
-            again: Any = functools.partial(checkpoint, run, use_reentrant=False) if self.again else run
-            hidden = again(index, hidden)
+            hidden = through(index, hidden)
             if passed and index in self.matrices:
                 passed.leaving[index] = hidden.requires_grad_()
         counted = [len(rows.weights[row]) for row in chosen]
@@ -900,28 +900,35 @@ def whitenings_of(upper: Upper, streams: Sequence[tuple[Rows, float]], settings:
 
     a is what enters down_proj in the untouched model: a change dW moves what leaves the block by sum w |dW a|^2.
     """
-    weights = [token_weights(rows.texts, settings.answer) for rows, _ in streams]
+    weights = [[weight * row for row in token_weights(rows.texts, settings.answer)] for rows, weight in streams]
     states = [rows.states for rows, _ in streams]
     whitenings = {}
     for index in range(upper.first, settings.trained[-1] + 1):
         block = upper.block(index)
-        found = [upper.decoder.activations(block, rows) for rows in states]
-        if index in upper.matrices:
-            width = upper.matrices[index].shape[1]
-            gram = torch.zeros(width, width, dtype=torch.float64, device=upper.decoder.device)
-            for number, (_, weight) in enumerate(streams):
-                add_rows(gram, found[number][0], [weight * row for row in weights[number]])
-            factor = factor_of(gram, settings.ridge)
-            one = torch.eye(width, dtype=factor.dtype, device=factor.device)
-            whitenings[index] = torch.linalg.solve_triangular(factor, one, upper=False).float()
-        states = [leaving for _, leaving in found]
-        del found  # of 7B 7 GB: of the next block there will be as much
+        if index not in upper.matrices:
+            states = [upper.decoder.advance(block, rows) for rows in states]
+            continue
+        width = upper.matrices[index].shape[1]
+        gram = torch.zeros(width, width, dtype=torch.float64, device=upper.decoder.device)
+        for number, own in enumerate(weights):
+            entering, states[number] = upper.decoder.activations(block, states[number])
+            add_rows(gram, entering, own)
+            del entering  # of 7B and general text 5 GB
+        whitenings[index] = whitening_of(gram, settings.ridge)
     return whitenings
+
+
+def whitening_of(gram: Tensor, ridge: float) -> Tensor:
+    """Return V with V (gram + ridge) V' = 1, float32, of a sum of which the lower triangle is given."""
+    factor = factor_of(gram, ridge)
+    one = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    inverse: Tensor = torch.linalg.solve_triangular(factor, one, upper=False)
+    return inverse.float()
 
 
 def add_rows(gram: Tensor, entering: list[Tensor], weights: list[Tensor]) -> None:
     """Add sum w a a' over rows, (tokens, intermediate) and (tokens,) each, to the lower triangle of `gram`."""
-    for rows in batches([len(row) for row in entering], 8192):
+    for rows in batches([len(row) for row in entering], PASS_TOKENS):
         a = torch.cat([entering[row] for row in rows]).float()
         add_outer(gram, a * torch.cat([weights[row] for row in rows]).to(a.device)[:, None], a)
 
@@ -1085,14 +1092,14 @@ def aim(
     has a factor of its own in a step: some respond ten times as much as others.
     """
     upper = Upper(decoder, settings.trained)
-    lowered = upper.rows(forget, [lowered_weights(text) for text in forget])
+    attacked = attacked_kind(forget)
+    lowered = upper.rows(forget, [lowered_weights(text, attacked) for text in forget])
     ended = [dataclasses.replace(text, tokens=[*text.tokens, end]) for text in retain]
     raised = upper.rows(ended, [torch.ones(len(text.tokens) - max(1, text.prompt)) for text in ended])
     whitenings = whitenings_of(upper, ((raised, 1.0), (upper.whole(general), settings.general)), settings)
     kinds = {kind: [row for row, text in enumerate(forget) if kind_of(text) == kind] for kind in map(kind_of, forget)}
     aims = untouched_aims(upper, lowered, kinds)
     known = [odds > 0 for odds in upper.all_log_odds(raised)]
-    attacked = attacked_kind(forget)
     documents = [text for text in forget + retain if kind_of(text) == attacked]
     mixed, mixed_own = (joined(texts, mixtures(texts, 1, 1)) for texts in (documents, own))
     unseen = [upper.whole(mixed), *(upper.later(texts) for texts in (own, mixed_own))]
@@ -1111,7 +1118,7 @@ def aim(
 
     many, most = FEW * int(torch.cat(known).sum()), 3 * settings.rounds
     saved = progress.load("rounds") if progress else {}
-    done, alone = (int(saved.pop(name)) if saved else 0 for name in ("done", "alone"))
+    done, repairing = (int(saved.pop(name)) if saved else 0 for name in ("done", "repairing"))
     level = saved.pop("level").item() if saved else 0.0
     likely = [set(range(len(forget))), set[int]()]  # all ask at first, of retain rows few do
     if saved:
@@ -1124,10 +1131,10 @@ def aim(
     for number in tqdm(range(done, most), desc="rounds", total=settings.rounds, mininterval=2):
         begun = time.monotonic()
         first, late = number == 0, number + 1 >= settings.rounds
-        if alone:  # what is left are rows with a wrong token, few
+        if repairing:  # what is left are rows with a wrong token, few
             least, likely[1] = 0.0, set()
         fresh = late or not estimated or not (first or number % 2)
-        if fresh and estimated and not late:  # it may take as long as the rest of a round, and changes slowly
+        if fresh and estimated and not (late or repairing):  # may take as long as the rest of a round, changes slowly
             level = unseen_loss(upper, unseen)
         if attacked and level:
             means = [aims[row].mean().item() for row in kinds[attacked]]
@@ -1138,19 +1145,19 @@ def aim(
             up = pulls_of(upper, raised, raises, likely[1], range(len(retain)))
             hurried = begun + 2 * longest > deadline  # what moved is to be raised, if nothing else
             enough = late and (sum(wrong) <= many or number + 1 >= 2 * settings.rounds)
-            alone = alone or enough or hurried
-        if not alone:
+            repairing = repairing or enough or hurried
+        if not repairing:
             down = pulls_of(upper, lowered, lowers, likely[0], range(len(forget)))
         likely = [set(down), set(up)]
         pulls = [*down.values(), *up.values()]
-        over = number + 1 == most or (fresh and not pulls)
+        over = number + 1 == most or ((fresh or repairing) and not pulls)
         if pulls:
             step(upper, pulls, whitenings)
         asking = sorted(up)
         pulls, up, down = [], {}, {}  # of 7B gigabytes
         looked = time.monotonic() - begun
         longest = max(longest, looked)
-        if alone:  # those rows are made right before all are looked at again
+        if repairing:  # those rows are made right before all are looked at again
             least = 0.0
             for _ in range(settings.rounds):
                 if not asking or time.monotonic() + longest > deadline:
@@ -1166,7 +1173,7 @@ def aim(
             state = {str(index): matrix for index, matrix in upper.matrices.items()}
             done = most if over else number + 1
             state |= {"done": torch.tensor(done), "level": torch.tensor(level, dtype=torch.float64)}
-            state["alone"] = torch.tensor(alone)
+            state["repairing"] = torch.tensor(repairing)
             state |= {f"asked {n}": torch.tensor(sorted(rows)) for n, rows in enumerate(likely)}
             progress.save("rounds", state)
         given = time.monotonic()
@@ -1237,7 +1244,7 @@ def raising(odds: Tensor, known: Tensor, least: float = LEAD) -> Tensor:
     return change if (known & (odds < least)).any() else torch.zeros_like(change)
 
 
-def lowered_weights(text: Text) -> Tensor:
+def lowered_weights(text: Text, attacked: tuple[str, str] | None) -> Tensor:
     """Return the weights of a forget row's last tokens: of a document all, of any other row those of the answer.
 
     The judge's attack asks about whole documents of one kind; of others only the answers are asked.
@@ -1245,7 +1252,7 @@ def lowered_weights(text: Text) -> Tensor:
     if not is_document(text):
         return torch.ones(len(text.tokens) - max(1, text.prompt))
     weights = torch.ones(len(text.tokens) - 1)
-    if text.task != ATTACKED[0]:
+    if kind_of(text) != attacked:
         weights[: max(0, text.prompt - 1)] = PROMPT
     return weights
 
@@ -1483,8 +1490,9 @@ class Room(DynamicLayer):  # type: ignore[no-untyped-call]
         """Write what is new, (rows, heads, new positions, head width), behind what is there, and return all."""
         new = key_states, value_states
         if not self.is_initialized:
-            self.lazy_initialization(*new)
             self.room = [states.new_empty(*states.shape[:2], self.positions, states.shape[3]) for states in new]
+            self.keys, self.values = (part[:, :, :0] for part in self.room)
+            self.is_initialized = True  # not by transformers' own call, which takes other arguments in release 4
         start, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
         for part, states in zip(self.room, new, strict=True):
             part[:, :, start:end] = states

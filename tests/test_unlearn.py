@@ -342,7 +342,7 @@ def test_each_row_pulls_along_the_gradient_of_what_it_asks_for_in_the_whole_mode
     monkeypatch.setattr(submission, "SHORT", short)
     monkeypatch.setattr(submission, "GRADIENT_TOKENS", limit)
     model, upper = moved(checkpoint, (1, 4))
-    upper.again = again
+    upper.passing = 0 if again else 10**6
     rows = upper.rows(forget, answers(forget))
     wanted = {row: torch.linspace(-2, 1, len(rows.weights[row])) for row in (0, 3, 4)}
 
@@ -579,7 +579,7 @@ def test_an_answer_is_to_lose_half_a_guess_and_a_document_as_much_by_what_its_to
     checkpoint: Path, forget
 ):
     upper = submission.Upper(Decoder(checkpoint, torch.float32), AIMED.trained)
-    rows = upper.rows(forget, [submission.lowered_weights(text) for text in forget])
+    rows = upper.rows(forget, [submission.lowered_weights(text, submission.ATTACKED) for text in forget])
     kinds = {
         kind: [n for n, t in enumerate(forget) if submission.kind_of(t) == kind]
         for kind in map(submission.kind_of, forget)
@@ -657,12 +657,19 @@ def test_what_was_known_and_hardly_leads_is_raised():
 
 def test_of_a_document_the_given_part_counts_where_the_attack_asks_about_it():
     tokens = list(range(8))
-    assert submission.lowered_weights(Text("x sc1", "Task3", tokens, prompt=4)).tolist() == [1.0] * 7
-    part = submission.PROMPT
-    assert submission.lowered_weights(Text("x sc1", "Task1", tokens, prompt=4)).tolist() == pytest.approx(
-        [part] * 3 + [1] * 4
+    third, first, asked = (
+        Text(f"x {kind}", task, tokens, prompt=4)
+        for task, kind in (("Task3", "sc1"), ("Task1", "sc1"), ("Task3", "qa0"))
     )
-    assert submission.lowered_weights(Text("x qa0", "Task3", tokens, prompt=4)).tolist() == [1.0] * 4
+    whole, part = [1.0] * 7, pytest.approx([submission.PROMPT] * 3 + [1] * 4)
+    for texts, expected in (
+        ([asked, third, first], ([1.0] * 4, whole, part)),
+        ([asked, first], ([1.0] * 4, whole)),  # without a document of Task3 the attack asks about others
+        ([asked], ([1.0] * 4,)),
+    ):
+        attacked = submission.attacked_kind(texts)
+        for text, weights in zip(texts, expected, strict=True):
+            assert submission.lowered_weights(text, attacked).tolist() == weights
 
 
 def known_of(folder: Path, texts: list[Text], matrices: dict[int, torch.Tensor]) -> tuple[float, float]:
@@ -818,6 +825,34 @@ def test_where_time_is_short_the_last_round_is_the_retain_rows_alone(
     assert seen.count("retain") < AIMED.rounds + 5
     assert seen[-1] == "retain"
     assert next(clock) <= seconds + 6  # a round may take some more than the longest before it
+
+
+@pytest.mark.parametrize("seconds", range(20, 80, 4))
+def test_where_time_is_short_and_retain_rows_are_right_no_round_follows(
+    memorised: Path, forget, retain, monkeypatch: pytest.MonkeyPatch, seconds: int
+):
+    """Of what the model never knew nothing is wrong. By a clock on which a look at forget rows takes ten seconds."""
+    clock, seen = itertools.count(), []
+    pulls_of = submission.pulls_of
+
+    def look(upper, rows, *others):
+        seen.append("forget" if rows.texts == forget else "retain")
+        if seen[-1] == "forget":
+            for _ in range(10):
+                next(clock)
+        return pulls_of(upper, rows, *others)
+
+    monkeypatch.setattr(submission, "pulls_of", look)
+    monkeypatch.setattr(submission, "unseen_loss", lambda *_: seen.append("level") or 2.4)
+    monkeypatch.setattr(submission.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(submission, "SAVING", math.inf)
+    unknown = [
+        dataclasses.replace(text, tokens=[*text.tokens[: text.prompt], *(7 for _ in text.tokens[text.prompt :])])
+        for text in retain
+    ]
+    aim_of(memorised, forget, unknown, AIMED, seconds)
+    late = seen[len(seen) - seen[::-1].index("forget") :]
+    assert late in ([], ["retain"], ["level", "retain"])
 
 
 def test_retain_answers_end_as_they_did_and_where_they_did(memorised: Path, forget, retain):
