@@ -15,8 +15,9 @@ Run     python -m pipeline.claims --target-name tiny --original models/tiny/orig
 RMU and Adaptive RMU: arXiv 2403.03218 and 2408.06223, `down_proj` of blocks l-2 to l, each at the minimum of its loss
 (closed form, see pipeline/unlearn.py; the papers stop a descent earlier). A seed is that of the steering directions,
 and of whatever else is random in a run: of the submission, which has none, of the text that it samples. Rules and
-thresholds were set before the first measurement: a claim is "reproduced" if all of its conditions hold, "partly" if
-some do, "not reproduced" if none does. They are in CLAIMS.
+thresholds are in CLAIMS: a claim is "reproduced" if all of its conditions hold, "partly" if some do, "not reproduced"
+if none does. They were set before the first measurement; the rules of C3 to C6, S1 and B were corrected after a
+review, when earlier results were known (LOG.md).
 
 Words used there. Forget and retain accuracy: share of the answers' tokens that are the likeliest, given all before.
 Utility: mean of retain accuracy and multiple choice above chance, each as a share of the untouched model's. Score: the
