@@ -236,7 +236,7 @@ def test_a_checkpoint_of_no_target_is_refused_by_its_name(made: Path):
     assert "model_13b is the folder of no target's checkpoint, only model_1b, model_7b" in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("target", ["7b", "tiny-46"])
+@pytest.mark.parametrize("target", ["7b", "tiny-51"])
 def test_what_has_no_draws_is_not_compared(made: Path, target: str):
     done = snakemake(made, "-n", f"results/{target}/comparison.md")
     assert done.returncode != 0
@@ -271,7 +271,7 @@ def test_draws_start_from_one_base(tmp_path: Path):
     assert re.findall(r"output: (models/\S+/base)", done.stdout + done.stderr) == ["models/135m/base"]
 
 
-@pytest.mark.parametrize("name", ["targets: {tiny-46: ", "datasets: {synthetic-46: "])
+@pytest.mark.parametrize("name", ["targets: {tiny-51: ", "datasets: {synthetic-51: "])
 def test_what_is_named_as_a_draw_is_refused(tmp_path: Path, name: str):
     config = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
     table = "targets" if "targets" in name else "datasets"
@@ -279,7 +279,7 @@ def test_what_is_named_as_a_draw_is_refused(tmp_path: Path, name: str):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({table: {name.split("{")[1][:-2]: entry}}))
     done = snakemake(ROOT, "-n", "submissions/tiny.zip", "--configfile", str(tmp_path / "config.yaml"))
     assert done.returncode != 0
-    assert "tiny-46 and synthetic-46 are the names of a draw" in done.stdout + done.stderr
+    assert "tiny-51 and synthetic-51 are the names of a draw" in done.stdout + done.stderr
 
 
 def test_the_source_of_a_model_is_named_as_it_is(made: Path):
@@ -287,11 +287,11 @@ def test_the_source_of_a_model_is_named_as_it_is(made: Path):
         ("7b", [], "'llmunlearningsemeval2025organization/olmo-finetuned-semeval25-unlearning at main'"),
         ("7b", ["--config", "model_7b=/models/x"], "'a local folder'"),
         ("135m", [], "'SmolLM2-135M-Instruct (Apache-2.0), fine-tuned by pipeline.memorise'"),
-        ("tiny-46", [], "'made by pipeline.memorise'"),
+        ("tiny-51", [], "'made by pipeline.memorise'"),
     ):
         stdout = snakemake(made, "-n", f"submissions/{target}.zip", *words).stdout
         (found,) = re.findall(r"pipeline.package .+--model-source ('.+?') --data-source (\w+) ", stdout)
-        assert found == (source, "synthetic" if target == "tiny-46" else "semeval25")
+        assert found == (source, "synthetic" if target == "tiny-51" else "semeval25")
 
 
 def test_lint_finds_nothing_but_the_missing_environments():
