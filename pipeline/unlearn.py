@@ -109,7 +109,9 @@ NOVEL = 3  # words: so many in a row of a row that was memorised are not written
 GENERAL_LENGTH = 128  # tokens of each text that stands for all else that the model knows
 OPENED = 3  # tokens of a retain row that open a text of its kind
 TEMPERATURE = 1.15  # of sampled text
-OWN = 48  # texts that the model writes as it writes documents, to measure how surprising an unseen one is
+OWN = 4  # texts for each document that the model writes as it writes documents, to measure how surprising one is
+OWN_LEAST, OWN_MOST = 48, 256  # in all: they differ by a quarter in what they lose
+ROUGH = 16  # of them that are looked at where the level is to be found again
 OWN_LENGTH = 192  # tokens of each, at most
 OWN_TEMPERATURE = 1.25
 UNSEEN = 1.1  # what an unseen document loses, as a multiple of the estimate in `unseen_loss`
@@ -823,9 +825,16 @@ class Upper:
         return self.blocks.get(index) or self.decoder.block(index)
 
     def log_odds(
-        self, rows: Rows, chosen: Sequence[int], weights: dict[int, Tensor], passed: "Passed | None" = None
+        self,
+        rows: Rows,
+        chosen: Sequence[int],
+        weights: dict[int, Tensor],
+        passed: "Passed | None" = None,
+        rival: bool = False,
     ) -> list[Tensor]:
         """Return ln p / (1 - p) of each token that counts in the chosen rows, (counted,) each; `weights`: down_proj.
+
+        With `rival` ln p / q, q that of the likeliest other token: above 0, greedy text says the token.
 
         In `passed` it puts what passes the blocks that change, for gradients to be taken; they begin with what enters
         the head and the log odds' gradient in that, for the log odds themselves carry none.
@@ -856,7 +865,7 @@ class Upper:
         right = torch.cat([torch.tensor(row[-count:]) for row, count in zip(tokens, counted, strict=True)])
         normed = self.norm(before)
         found = [
-            self.told(*part, slopes=passed is not None)
+            self.told(*part, slopes=passed is not None, rival=rival)
             for part in zip(torch.split(normed.detach(), TOLD), torch.split(right.to(normed.device), TOLD), strict=True)
         ]
         if passed:
@@ -864,8 +873,10 @@ class Upper:
         return list(torch.split(torch.cat([odds for odds, _ in found]), counted))
 
     @torch.no_grad()
-    def told(self, normed: Tensor, right: Tensor, slopes: bool) -> tuple[Tensor, Tensor]:
-        """Return ln p / (1 - p) of the right tokens, (tokens,), and its gradient in what enters the head if asked.
+    def told(self, normed: Tensor, right: Tensor, slopes: bool, rival: bool = False) -> tuple[Tensor, Tensor]:
+        """Return ln p / (1 - p) of the right tokens, (tokens,), or with `rival` ln p / q, as `log_odds` does.
+
+        And the first's gradient in what enters the head, if asked.
 
         Of so few tokens at once that memory is used again: on a CPU new memory takes longer than what is computed.
         """
@@ -876,16 +887,16 @@ class Upper:
         others = logits.sub_(top).exp_()
         total = others.sum(dim=1, keepdim=True)
         gradient = self.head[right] - others.div_(total).to(normed.dtype) @ self.head if slopes else normed[:0]
-        return (mine - top - total.log())[:, 0], gradient
+        return (mine - top if rival else mine - top - total.log())[:, 0], gradient
 
     @torch.no_grad()
-    def all_log_odds(self, rows: Rows, chosen: Sequence[int] | None = None) -> list[Tensor]:
+    def all_log_odds(self, rows: Rows, chosen: Sequence[int] | None = None, rival: bool = False) -> list[Tensor]:
         """Return the log odds of the tokens that count in the chosen rows, or in all, on the CPU."""
         chosen = range(len(rows.texts)) if chosen is None else chosen
         weights = {index: matrix.to(self.decoder.dtype) for index, matrix in self.matrices.items()}
         found: dict[int, Tensor] = {}
         for places in batches([len(rows.texts[row].tokens) for row in chosen], GRADIENT_TOKENS, ALIKE):
-            odds = self.log_odds(rows, [chosen[place] for place in places], weights)
+            odds = self.log_odds(rows, [chosen[place] for place in places], weights, rival=rival)
             found |= zip(places, (row.cpu() for row in odds), strict=True)
         return [found[place] for place in range(len(chosen))]
 
@@ -1081,8 +1092,8 @@ def aim(
     Each token of a forget row is to lose so much, in nats: half of what a guess among all tokens loses. Of documents
     only in the mean: their tokens are to lose more or less, by what the untouched model loses on them in `mixtures`,
     where the words before do not tell them, so that phrases which any document may have stay. And documents that the
-    attack asks about are to lose, about (`spread`), what an unseen one would (`unseen_loss`, found in the third round
-    and the fifth; before, they aim as other documents do). A row that loses as much in the mean is left alone, a
+    attack asks about are to lose, about (`spread`), what an unseen one would (`unseen_loss`, found roughly in the third
+    round and well in the fifth; before, they aim as other documents do). A row that loses as much in the mean is left alone, a
     document that loses more is pulled back.
 
     Tokens of retain answers, and what ends them, that do not lead by `LEAD` any more are raised in the same step; in
@@ -1099,11 +1110,10 @@ def aim(
     whitenings = whitenings_of(upper, ((raised, 1.0), (upper.whole(general), settings.general)), settings)
     kinds = {kind: [row for row, text in enumerate(forget) if kind_of(text) == kind] for kind in map(kind_of, forget)}
     aims = untouched_aims(upper, lowered, kinds)
-    known = [odds > 0 for odds in upper.all_log_odds(raised)]
+    known = [lead > 0 for lead in upper.all_log_odds(raised, rival=True)]  # also where the likeliest has p < .5
     documents = [text for text in forget + retain if kind_of(text) == attacked]
-    mixed, mixed_own = (joined(texts, mixtures(texts, 1, 1)) for texts in (documents, own))
-    unseen = [upper.whole(mixed), *(upper.later(texts) for texts in (own, mixed_own))]
-    estimated = bool(mixed and mixed_own)  # of one document there is no mixture
+    rough, fine = unseen_rows(upper, documents, own[:ROUGH], 1), unseen_rows(upper, documents, own, COPIES)
+    estimated = all(rows.texts for rows in fine)  # of one document there is no mixture
 
     goals = list(aims)
     wrong = [0] * len(retain)  # tokens of each row, when they were looked at last
@@ -1135,7 +1145,7 @@ def aim(
             least, likely[1] = 0.0, set()
         fresh = late or not estimated or not (first or number % 2)
         if fresh and estimated and not (late or repairing):  # may take as long as the rest of a round, changes slowly
-            level = unseen_loss(upper, unseen)
+            level = unseen_loss(upper, fine if number + 2 >= settings.rounds else rough)
         if attacked and level:
             means = [aims[row].mean().item() for row in kinds[attacked]]
             for row, mean, goal in zip(kinds[attacked], means, spread(means, level), strict=True):
@@ -1257,6 +1267,12 @@ def lowered_weights(text: Text, attacked: tuple[str, str] | None) -> Tensor:
     return weights
 
 
+def unseen_rows(upper: Upper, documents: list[Text], own: list[Text], copies: int) -> list[Rows]:
+    """Return what `unseen_loss` looks at: mixtures of documents, so many of each piece, own text, mixtures of it."""
+    mixed, mixed_own = joined(documents, mixtures(documents, 1, copies)), joined(own, mixtures(own, 1, 1))
+    return [upper.whole(mixed), upper.later(own), upper.later(mixed_own)]
+
+
 def unseen_loss(upper: Upper, texts: Sequence[Rows]) -> float:
     """Return what an unseen document would lose in the mean, nats a token, from mixtures, own text and mixtures of it.
 
@@ -1373,7 +1389,7 @@ def general_wishes(tokenizer: Any, forget: list[Text], retain: list[Text], setti
 
 
 def own_wishes(tokenizer: Any, forget: list[Text], retain: list[Text]) -> list[Wish]:
-    """Ask for `OWN` texts as the model writes documents, opened as those that the attack asks about.
+    """Ask for texts as the model writes documents, opened as those that the attack asks about, `OWN` for each.
 
     But by nobody's name: an opening's tokens are of several documents. What follows a name that is to be forgotten
     suffers with it, and text about nobody known does not. They are of about the same length, recite nothing but phrases
@@ -1386,9 +1402,10 @@ def own_wishes(tokenizer: Any, forget: list[Text], retain: list[Text]) -> list[W
     if length < 2 or len(documents) < 2:
         return []
     before = len(_encode(tokenizer, ""))
-    named = documents[:: max(1, len(documents) // OWN)]  # of both sides
+    count = min(OWN_MOST, max(OWN_LEAST, OWN * len(documents)))
+    named = documents[:: max(1, len(documents) // count)]  # of both sides
     openings = []
-    for number in range(OWN):
+    for number in range(count):
         lap, first = divmod(number, len(named))
         stride = 1 + lap % (len(named) - 1)  # never a multiple of their number: neighbours differ
         parts = [named[(first + stride * n) % len(named)].tokens for n in range(OPENED)]
