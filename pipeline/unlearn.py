@@ -1093,8 +1093,8 @@ def aim(
     only in the mean: their tokens are to lose more or less, by what the untouched model loses on them in `mixtures`,
     where the words before do not tell them, so that phrases which any document may have stay. And documents that the
     attack asks about are to lose, about (`spread`), what an unseen one would (`unseen_loss`, found roughly in the third
-    round and well in the fifth; before, they aim as other documents do). A row that loses as much in the mean is left alone, a
-    document that loses more is pulled back.
+    round and well in the fifth; before, they aim as other documents do). A row that loses as much in the mean is left
+    alone, a document that loses more is pulled back.
 
     Tokens of retain answers, and what ends them, that do not lead by `LEAD` any more are raised in the same step; in
     the last round they alone, and while any is still wrong (less likely than all others together), its row again: such
