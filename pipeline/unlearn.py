@@ -109,9 +109,7 @@ NOVEL = 3  # words: so many in a row of a row that was memorised are not written
 GENERAL_LENGTH = 128  # tokens of each text that stands for all else that the model knows
 OPENED = 3  # tokens of a retain row that open a text of its kind
 TEMPERATURE = 1.15  # of sampled text
-OWN = 4  # texts for each document that the model writes as it writes documents, to measure how surprising one is
-OWN_LEAST, OWN_MOST = 48, 256  # in all: they differ by a quarter in what they lose
-ROUGH = 16  # of them that are looked at where the level is to be found again
+OWN = 48  # texts that the model writes as it writes documents, to measure how surprising an unseen one is
 OWN_LENGTH = 192  # tokens of each, at most
 OWN_TEMPERATURE = 1.25
 UNSEEN = 1.1  # what an unseen document loses, as a multiple of the estimate in `unseen_loss`
@@ -1092,9 +1090,9 @@ def aim(
     Each token of a forget row is to lose so much, in nats: half of what a guess among all tokens loses. Of documents
     only in the mean: their tokens are to lose more or less, by what the untouched model loses on them in `mixtures`,
     where the words before do not tell them, so that phrases which any document may have stay. And documents that the
-    attack asks about are to lose, about (`spread`), what an unseen one would (`unseen_loss`, found roughly in the third
-    round and well in the fifth; before, they aim as other documents do). A row that loses as much in the mean is left
-    alone, a document that loses more is pulled back.
+    attack asks about are to lose, about (`spread`), what an unseen one would (`unseen_loss`, found in the third round
+    and the fifth; before, they aim as other documents do). A row that loses as much in the mean is left alone, a
+    document that loses more is pulled back.
 
     Tokens of retain answers, and what ends them, that do not lead by `LEAD` any more are raised in the same step; in
     the last round they alone, and while any is still wrong (less likely than all others together), its row again: such
@@ -1112,8 +1110,9 @@ def aim(
     aims = untouched_aims(upper, lowered, kinds)
     known = [lead > 0 for lead in upper.all_log_odds(raised, rival=True)]  # also where the likeliest has p < .5
     documents = [text for text in forget + retain if kind_of(text) == attacked]
-    rough, fine = unseen_rows(upper, documents, own[:ROUGH], 1), unseen_rows(upper, documents, own, COPIES)
-    estimated = all(rows.texts for rows in fine)  # of one document there is no mixture
+    mixed, mixed_own = (joined(texts, mixtures(texts, 1, 1)) for texts in (documents, own))
+    unseen = [upper.whole(mixed), *(upper.later(texts) for texts in (own, mixed_own))]
+    estimated = bool(mixed and mixed_own)  # of one document there is no mixture
 
     goals = list(aims)
     wrong = [0] * len(retain)  # tokens of each row, when they were looked at last
@@ -1145,7 +1144,7 @@ def aim(
             least, likely[1] = 0.0, set()
         fresh = late or not estimated or not (first or number % 2)
         if fresh and estimated and not (late or repairing):  # may take as long as the rest of a round, changes slowly
-            level = unseen_loss(upper, fine if number + 2 >= settings.rounds else rough)
+            level = unseen_loss(upper, unseen)
         if attacked and level:
             means = [aims[row].mean().item() for row in kinds[attacked]]
             for row, mean, goal in zip(kinds[attacked], means, spread(means, level), strict=True):
@@ -1267,12 +1266,6 @@ def lowered_weights(text: Text, attacked: tuple[str, str] | None) -> Tensor:
     return weights
 
 
-def unseen_rows(upper: Upper, documents: list[Text], own: list[Text], copies: int) -> list[Rows]:
-    """Return what `unseen_loss` looks at: mixtures of documents, so many of each piece, own text, mixtures of it."""
-    mixed, mixed_own = joined(documents, mixtures(documents, 1, copies)), joined(own, mixtures(own, 1, 1))
-    return [upper.whole(mixed), upper.later(own), upper.later(mixed_own)]
-
-
 def unseen_loss(upper: Upper, texts: Sequence[Rows]) -> float:
     """Return what an unseen document would lose in the mean, nats a token, from mixtures, own text and mixtures of it.
 
@@ -1389,7 +1382,7 @@ def general_wishes(tokenizer: Any, forget: list[Text], retain: list[Text], setti
 
 
 def own_wishes(tokenizer: Any, forget: list[Text], retain: list[Text]) -> list[Wish]:
-    """Ask for texts as the model writes documents, opened as those that the attack asks about, `OWN` for each.
+    """Ask for `OWN` texts as the model writes documents, opened as those that the attack asks about.
 
     But by nobody's name: an opening's tokens are of several documents. What follows a name that is to be forgotten
     suffers with it, and text about nobody known does not. They are of about the same length, recite nothing but phrases
@@ -1402,10 +1395,9 @@ def own_wishes(tokenizer: Any, forget: list[Text], retain: list[Text]) -> list[W
     if length < 2 or len(documents) < 2:
         return []
     before = len(_encode(tokenizer, ""))
-    count = min(OWN_MOST, max(OWN_LEAST, OWN * len(documents)))
-    named = documents[:: max(1, len(documents) // count)]  # of both sides
+    named = documents[:: max(1, len(documents) // OWN)]  # of both sides
     openings = []
-    for number in range(count):
+    for number in range(OWN):
         lap, first = divmod(number, len(named))
         stride = 1 + lap % (len(named) - 1)  # never a multiple of their number: neighbours differ
         parts = [named[(first + stride * n) % len(named)].tokens for n in range(OPENED)]

@@ -575,11 +575,7 @@ def test_of_documents_mixtures_all_tokens_count_for_the_level_and_of_own_text_th
     seen: list[submission.Rows] = []
     monkeypatch.setattr(submission, "unseen_loss", lambda _, texts: (seen.extend(texts), 2.4)[1])
     aim_of(memorised, forget, retain, AIMED)
-    rough, fine = seen[:3], seen[3:]  # where it will be found again, and the last time
-    both = [*documents, *(text for text in retain if submission.kind_of(text) == submission.ATTACKED)]
-    for found, copies, written in ((rough, 1, submission.ROUGH), (fine, submission.COPIES, submission.OWN_LEAST)):
-        assert [len(rows.texts) for rows in found] == [copies * len(both), written, written]
-    mixed, own, mixed_own = fine
+    mixed, own, mixed_own = seen[:3]
     model = load_model(memorised)
     for rows, whole_counts in ((mixed, True), (own, False), (mixed_own, False)):
         losses = []
@@ -588,7 +584,9 @@ def test_of_documents_mixtures_all_tokens_count_for_the_level_and_of_own_text_th
             losses.append(torch.nn.functional.softplus(-log_odds(model, text, len(text.tokens) - first).detach()))
         upper = submission.Upper(Decoder(memorised, torch.float32), AIMED.trained)
         assert upper.mean_loss(rows) == pytest.approx(torch.cat(losses).mean().item(), rel=1e-4)
+    both = [*documents, *(text for text in retain if submission.kind_of(text) == submission.ATTACKED)]
     assert {token for text in mixed.texts for token in text.tokens} <= {t for text in both for t in text.tokens}
+    assert len(own.texts) == submission.OWN
 
 
 def test_an_answer_is_to_lose_half_a_guess_and_a_document_as_much_by_what_its_tokens_lose_in_mixtures(
@@ -968,7 +966,7 @@ def test_own_text_opens_as_documents_of_both_sides_do_but_by_nobodys_name(
     )
     own = sample_own(whole(checkpoint), tokenizer, forget, retain)
     both = [text for text in forget + retain if submission.kind_of(text) == submission.ATTACKED]
-    assert len(own) == submission.OWN_LEAST > submission.OWN * len(both)
+    assert len(own) == submission.OWN
     openings = []
     for number, text in enumerate(own):
         openings.append(tuple(text.tokens[: submission.OPENED]))
@@ -980,9 +978,9 @@ def test_own_text_opens_as_documents_of_both_sides_do_but_by_nobodys_name(
         assert text.words == sorted(text.words) and len(text.words) == len(text.tokens)
     monkeypatch.setattr(submission, "OWN_TEMPERATURE", 1e-4)  # then one opening has one continuation
     cold = sample_own(whole(checkpoint), tokenizer, forget, retain)
-    repeated = len(own) - len(set(openings))
-    assert len(own) - len({tuple(text.tokens) for text in cold}) > repeated / 2 > 4  # not all: ties in bfloat16
-    assert len({tuple(text.tokens) for text in own}) == len(own)
+    repeated = submission.OWN - len(set(openings))
+    assert submission.OWN - len({tuple(text.tokens) for text in cold}) > repeated / 2 > 4  # not all: ties in bfloat16
+    assert len({tuple(text.tokens) for text in own}) == submission.OWN
     asked = [text for text in forget if not submission.is_document(text)]
 
     def unread():
@@ -990,9 +988,7 @@ def test_own_text_opens_as_documents_of_both_sides_do_but_by_nobodys_name(
 
     assert len(set(openings)) > len(both)  # another way in each lap
     with monkeypatch.context() as patch:
-        patch.setattr(submission, "OWN_LEAST", 1)
-        assert len(submission.own_wishes(tokenizer, forget, retain)) == submission.OWN * len(both)
-        patch.setattr(submission, "OWN_MOST", 2)
+        patch.setattr(submission, "OWN", 2)
         few = submission.own_wishes(tokenizer, forget, retain)
     assert [wish.opening[0] for wish in few] == [both[0].tokens[0], both[len(both) // 2].tokens[0]]  # of both sides
     assert sample_own(unread, tokenizer, asked, retain) == []
