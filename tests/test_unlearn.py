@@ -49,12 +49,13 @@ def states_of(model, texts: list[Text]) -> list[tuple[torch.Tensor, ...]]:
     return [tuple(state[0] for state in states) for states in outputs]
 
 
-def test_blocks_read_one_at_a_time_equal_the_whole_model(checkpoint: Path, forget):
+def test_blocks_read_one_at_a_time_equal_the_whole_model(checkpoint: Path, forget, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(submission, "PASS_TOKENS", 64)
     expected = states_of(load_model(checkpoint), forget)
     decoder = Decoder(checkpoint, torch.float32)
     states = decoder.embed(forget)
     for index in range(decoder.depth - 1):
-        states = decoder.advance(decoder.block(index), states, batch_tokens=64)
+        states = decoder.advance(decoder.block(index), states)
         for row, state in enumerate(states):
             torch.testing.assert_close(state, expected[row][index + 1], rtol=1e-4, atol=1e-4)
 
@@ -367,7 +368,9 @@ def test_each_row_pulls_along_the_gradient_of_what_it_asks_for_in_the_whole_mode
     ran = Counter[int]()
     log_odds_of = upper.log_odds
     monkeypatch.setattr(
-        upper, "log_odds", lambda own, batch, *more: (ran.update(batch), log_odds_of(own, batch, *more))[1]
+        upper,
+        "log_odds",
+        lambda own, batch, *more, **named: (ran.update(batch), log_odds_of(own, batch, *more, **named))[1],
     )
     found = submission.pulls_of(upper, rows, asks, likely, among)
     assert set(found) == set(wanted) - left_out
