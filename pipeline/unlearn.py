@@ -39,8 +39,8 @@ RMU and Adaptive RMU themselves are here for the study of blocks and claims:
 
 By `solve` and `descend` blocks are read from the checkpoint one at a time and no second model is held; `aim` needs the
 blocks from the first trained one on, and keeps them if there is room. Text is padded on the right, where causal
-attention never looks. Padding is left out everywhere; so is the first token, whose activation is an outlier in every
-decoder: it is not steered, nor held.
+attention never looks, and is left out. The first token, whose activation is an outlier in every decoder, is not held,
+and RMU does not steer it.
 
 A run that was killed goes on where it stopped, if called again with the same arguments, and ends with the same tensors
 (but on a GPU, which does not take sums in one order).

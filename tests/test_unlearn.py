@@ -372,7 +372,13 @@ def test_each_row_pulls_along_the_gradient_of_what_it_asks_for_in_the_whole_mode
         "log_odds",
         lambda own, batch, *more, **named: (ran.update(batch), log_odds_of(own, batch, *more, **named))[1],
     )
+    through = []
+    checkpoint_of = submission.checkpoint
+    monkeypatch.setattr(
+        submission, "checkpoint", lambda *args, **named: (through.append(args[1]), checkpoint_of(*args, **named))[1]
+    )
     found = submission.pulls_of(upper, rows, asks, likely, among)
+    assert set(through) == (set(range(1, upper.decoder.depth)) if again else set())
     assert set(found) == set(wanted) - left_out
     assert ran == {row: 2 if row in wanted and row not in likely else 1 for row in among}
     for row, pull in found.items():
@@ -387,8 +393,11 @@ def test_each_row_pulls_along_the_gradient_of_what_it_asks_for_in_the_whole_mode
     assert submission.pulls_of(upper, rows, lambda _, odds: torch.zeros_like(odds), likely, among) == {}
 
 
-def test_what_is_held_is_the_second_moment_of_what_enters_the_untouched_down_proj(checkpoint: Path, forget, retain):
-    settings = dataclasses.replace(AIMED, answer=4.0, ridge=0.01)
+@pytest.mark.parametrize("trained", [(2, 3, 4), (1, 4)])
+def test_what_is_held_is_the_second_moment_of_what_enters_the_untouched_down_proj(
+    checkpoint: Path, forget, retain, trained: tuple[int, ...]
+):
+    settings = dataclasses.replace(AIMED, answer=4.0, ridge=0.01, trained=trained)
     general = [dataclasses.replace(text, task="general") for text in forget[:3]]
     model, upper = load_model(checkpoint), submission.Upper(Decoder(checkpoint, torch.float32), settings.trained)
     streams = (upper.rows(retain, answers(retain)), 1.0), (upper.whole(general), 0.5)
@@ -1419,6 +1428,7 @@ def test_what_only_rmu_has_is_refused_where_steering_is_aimed(
     [
         ({"coefficient": "growing"}, "only the descent"),
         ({"ridge": 0.0}, "ridge is 0.0, expected more than 0"),
+        ({"answer": 0.0}, "answer is 0.0, expected more than 0"),
         ({"rounds": 0}, "rounds is 0, expected more than 0"),
         ({"epochs": 0}, "epochs is 0, expected more than 0"),
         ({"batch_size": 0}, "batch_size is 0, expected more than 0"),
