@@ -25,6 +25,8 @@ from tests.trust.checkout import clean_copy
 
 pytestmark = pytest.mark.slow
 
+FIRST_DRAW, SECOND_DRAW, *_ = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())["study"]["draws"]
+
 # Which rules read what a rule writes; written down here, apart from the Snakefile.
 READERS = {
     "fetch_data": {"split", "memorise", "mmlu", "package"},  # the multiple-choice questions, and all through split
@@ -236,7 +238,7 @@ def test_a_checkpoint_of_no_target_is_refused_by_its_name(made: Path):
     assert "model_13b is the folder of no target's checkpoint, only model_1b, model_7b" in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("target", ["7b", "tiny-51"])
+@pytest.mark.parametrize("target", ["7b", f"tiny-{FIRST_DRAW}"])
 def test_what_has_no_draws_is_not_compared(made: Path, target: str):
     done = snakemake(made, "-n", f"results/{target}/comparison.md")
     assert done.returncode != 0
@@ -259,19 +261,19 @@ def test_a_draw_asks_the_questions_that_its_target_asks(tmp_path: Path):
     chosen = {"source": "mmlu", "subjects": ["anatomy"], "questions": 3}
     target = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())["targets"]["tiny"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"targets": {"mine": {**target, "multiple_choice": chosen}}}))
-    words = ["-n", "results/mine-46/original/mmlu.jsonl", "--configfile", str(tmp_path / "config.yaml")]
+    words = ["-n", f"results/mine-{FIRST_DRAW}/original/mmlu.jsonl", "--configfile", str(tmp_path / "config.yaml")]
     (command,) = re.findall(r"pipeline.mmlu .+", snakemake(clean_copy(tmp_path / "checkout"), *words).stdout)
     assert "--data data/raw/mmlu --subjects anatomy --questions 3 " in command
 
 
 def test_draws_start_from_one_base(tmp_path: Path):
     fresh = clean_copy(tmp_path / "checkout")
-    done = snakemake(fresh, "-n", "models/135m-46/original", "models/135m-47/original")
+    done = snakemake(fresh, "-n", f"models/135m-{FIRST_DRAW}/original", f"models/135m-{SECOND_DRAW}/original")
     assert done.returncode == 0, done.stderr
     assert re.findall(r"output: (models/\S+/base)", done.stdout + done.stderr) == ["models/135m/base"]
 
 
-@pytest.mark.parametrize("name", ["targets: {tiny-51: ", "datasets: {synthetic-51: "])
+@pytest.mark.parametrize("name", [f"targets: {{tiny-{FIRST_DRAW}: ", f"datasets: {{synthetic-{FIRST_DRAW}: "])
 def test_what_is_named_as_a_draw_is_refused(tmp_path: Path, name: str):
     config = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
     table = "targets" if "targets" in name else "datasets"
@@ -279,7 +281,7 @@ def test_what_is_named_as_a_draw_is_refused(tmp_path: Path, name: str):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({table: {name.split("{")[1][:-2]: entry}}))
     done = snakemake(ROOT, "-n", "submissions/tiny.zip", "--configfile", str(tmp_path / "config.yaml"))
     assert done.returncode != 0
-    assert "tiny-51 and synthetic-51 are the names of a draw" in done.stdout + done.stderr
+    assert f"tiny-{FIRST_DRAW} and synthetic-{FIRST_DRAW} are the names of a draw" in done.stdout + done.stderr
 
 
 def test_the_source_of_a_model_is_named_as_it_is(made: Path):
@@ -287,11 +289,11 @@ def test_the_source_of_a_model_is_named_as_it_is(made: Path):
         ("7b", [], "'llmunlearningsemeval2025organization/olmo-finetuned-semeval25-unlearning at main'"),
         ("7b", ["--config", "model_7b=/models/x"], "'a local folder'"),
         ("135m", [], "'SmolLM2-135M-Instruct (Apache-2.0), fine-tuned by pipeline.memorise'"),
-        ("tiny-51", [], "'made by pipeline.memorise'"),
+        (f"tiny-{FIRST_DRAW}", [], "'made by pipeline.memorise'"),
     ):
         stdout = snakemake(made, "-n", f"submissions/{target}.zip", *words).stdout
         (found,) = re.findall(r"pipeline.package .+--model-source ('.+?') --data-source (\w+) ", stdout)
-        assert found == (source, "synthetic" if target == "tiny-51" else "semeval25")
+        assert found == (source, "synthetic" if target == f"tiny-{FIRST_DRAW}" else "semeval25")
 
 
 def test_lint_finds_nothing_but_the_missing_environments():
