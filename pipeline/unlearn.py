@@ -112,7 +112,7 @@ TEMPERATURE = 1.15  # of sampled text
 OWN = 48  # texts that the model writes as it writes documents, to measure how surprising an unseen one is
 OWN_LENGTH = 192  # tokens of each, at most
 OWN_TEMPERATURE = 1.25
-UNSEEN = 1.1  # what an unseen document loses, as a multiple of the estimate in `unseen_loss`
+UNSEEN = 1.06  # what an unseen document loses, as a multiple of the estimate in `unseen_loss`
 SPREAD = 0.2  # of the level, the standard deviation of what documents are to lose: see `spread`
 QUESTIONS = (
     "The following are multiple choice questions (with answers) about"  # the model goes on with subjects it knows
@@ -125,6 +125,7 @@ PROMPT = 0.3  # weight of the given part of a document, where the attack does no
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 LEAD = 1.0  # nats by which the right token must lead: this runs in bfloat16, and other numerics say another near a tie
 SAFE = 2.0  # nats by which it is to lead once it is raised
+NARROW = 0.25  # nats by which the last rounds leave none to lead by less
 FEW = 0.03  # of the tokens of retain answers: while more are wrong, forget rows have another round
 
 
@@ -783,6 +784,7 @@ class Rows:
     texts: list[Text]
     states: list[Tensor]  # (tokens, hidden)
     weights: list[Tensor]  # of the last tokens of each, those that count, (counted,)
+    led: bool = False  # looked at is by how much the tokens lead, which is what greedy text asks: see `log_odds`
 
 
 class Upper:
@@ -803,12 +805,12 @@ class Upper:
         width = 10 * decoder.config.hidden_size + 4 * decoder.config.intermediate_size
         self.passing = room // 2 // ((decoder.depth - self.first) * width * decoder.dtype.itemsize)
 
-    def rows(self, texts: list[Text], weights: list[Tensor]) -> Rows:
+    def rows(self, texts: list[Text], weights: list[Tensor], led: bool = False) -> Rows:
         """Run the blocks below on texts."""
         states = self.decoder.embed(texts)
         for index in range(self.first):
             states = self.decoder.advance(self.decoder.block(index), states)
-        return Rows(texts, states, weights)
+        return Rows(texts, states, weights, led)
 
     def whole(self, texts: list[Text]) -> Rows:
         """Run the blocks below on texts of which all tokens count."""
@@ -828,14 +830,14 @@ class Upper:
         chosen: Sequence[int],
         weights: dict[int, Tensor],
         passed: "Passed | None" = None,
-        rival: bool = False,
     ) -> list[Tensor]:
         """Return ln p / (1 - p) of each token that counts in the chosen rows, (counted,) each; `weights`: down_proj.
 
-        With `rival` ln p / q, q that of the likeliest other token: above 0, greedy text says the token.
+        Of rows that are `led` ln p / q, q that of the likeliest other token: above 0, greedy text says the token.
 
         In `passed` it puts what passes the blocks that change, for gradients to be taken; they begin with what enters
-        the head and the log odds' gradient in that, for the log odds themselves carry none.
+        the head and the gradient in that of ln p / (1 - p), for the log odds themselves carry none. A lead grows about
+        as much, and what leads it may be another token after a step: its own gradient knows of one only.
         """
 
         def run(index: int, hidden: Tensor) -> Tensor:
@@ -863,7 +865,7 @@ class Upper:
         right = torch.cat([torch.tensor(row[-count:]) for row, count in zip(tokens, counted, strict=True)])
         normed = self.norm(before)
         found = [
-            self.told(*part, slopes=passed is not None, rival=rival)
+            self.told(*part, slopes=passed is not None, led=rows.led)
             for part in zip(torch.split(normed.detach(), TOLD), torch.split(right.to(normed.device), TOLD), strict=True)
         ]
         if passed:
@@ -871,8 +873,8 @@ class Upper:
         return list(torch.split(torch.cat([odds for odds, _ in found]), counted))
 
     @torch.no_grad()
-    def told(self, normed: Tensor, right: Tensor, slopes: bool, rival: bool = False) -> tuple[Tensor, Tensor]:
-        """Return ln p / (1 - p) of the right tokens, (tokens,), or with `rival` ln p / q, as `log_odds` does.
+    def told(self, normed: Tensor, right: Tensor, slopes: bool, led: bool) -> tuple[Tensor, Tensor]:
+        """Return ln p / (1 - p) of the right tokens, (tokens,), or if `led` ln p / q, as `log_odds` does.
 
         And the first's gradient in what enters the head, if asked.
 
@@ -885,16 +887,16 @@ class Upper:
         others = logits.sub_(top).exp_()
         total = others.sum(dim=1, keepdim=True)
         gradient = self.head[right] - others.div_(total).to(normed.dtype) @ self.head if slopes else normed[:0]
-        return (mine - top if rival else mine - top - total.log())[:, 0], gradient
+        return (mine - top if led else mine - top - total.log())[:, 0], gradient
 
     @torch.no_grad()
-    def all_log_odds(self, rows: Rows, chosen: Sequence[int] | None = None, rival: bool = False) -> list[Tensor]:
+    def all_log_odds(self, rows: Rows, chosen: Sequence[int] | None = None) -> list[Tensor]:
         """Return the log odds of the tokens that count in the chosen rows, or in all, on the CPU."""
         chosen = range(len(rows.texts)) if chosen is None else chosen
         weights = {index: matrix.to(self.decoder.dtype) for index, matrix in self.matrices.items()}
         found: dict[int, Tensor] = {}
         for places in batches([len(rows.texts[row].tokens) for row in chosen], GRADIENT_TOKENS, ALIKE):
-            odds = self.log_odds(rows, [chosen[place] for place in places], weights, rival=rival)
+            odds = self.log_odds(rows, [chosen[place] for place in places], weights)
             found |= zip(places, (row.cpu() for row in odds), strict=True)
         return [found[place] for place in range(len(chosen))]
 
@@ -1095,7 +1097,7 @@ def aim(
     document that loses more is pulled back.
 
     Tokens of retain answers, and what ends them, that do not lead by `LEAD` any more are raised in the same step; in
-    the last round they alone, and while any is still wrong (less likely than all others together), its row again: such
+    the last round they alone, and while any is still wrong (another is likelier), its row again: such
     rows by themselves, up to `rounds` times, before all are looked at in a round more. Where many are wrong before that
     (many rows, few weights), both sides have more rounds, at most as many again; where time is short, fewer. Each row
     has a factor of its own in a step: some respond ten times as much as others.
@@ -1104,11 +1106,11 @@ def aim(
     attacked = attacked_kind(forget)
     lowered = upper.rows(forget, [lowered_weights(text, attacked) for text in forget])
     ended = [dataclasses.replace(text, tokens=[*text.tokens, end]) for text in retain]
-    raised = upper.rows(ended, [torch.ones(len(text.tokens) - max(1, text.prompt)) for text in ended])
+    raised = upper.rows(ended, [torch.ones(len(text.tokens) - max(1, text.prompt)) for text in ended], led=True)
     whitenings = whitenings_of(upper, ((raised, 1.0), (upper.whole(general), settings.general)), settings)
     kinds = {kind: [row for row, text in enumerate(forget) if kind_of(text) == kind] for kind in map(kind_of, forget)}
     aims = untouched_aims(upper, lowered, kinds)
-    known = [lead > 0 for lead in upper.all_log_odds(raised, rival=True)]  # also where the likeliest has p < .5
+    known = [lead > 0 for lead in upper.all_log_odds(raised)]  # also where the likeliest has p < .5
     documents = [text for text in forget + retain if kind_of(text) == attacked]
     mixed, mixed_own = (joined(texts, mixtures(texts, 1, 1)) for texts in (documents, own))
     unseen = [upper.whole(mixed), *(upper.later(texts) for texts in (own, mixed_own))]
@@ -1118,9 +1120,9 @@ def aim(
     wrong = [0] * len(retain)  # tokens of each row, when they were looked at last
     least = LEAD
 
-    def raises(row: int, odds: Tensor) -> Tensor:
-        wrong[row] = int((known[row] & (odds < 0)).sum())
-        return raising(odds, known[row], least)
+    def raises(row: int, leads: Tensor) -> Tensor:
+        wrong[row] = int((known[row] & (leads < 0)).sum())
+        return raising(leads, known[row], least)
 
     def lowers(row: int, odds: Tensor) -> Tensor:
         return lowering(odds, goals[row], lowered.weights[row], is_document(forget[row]))
@@ -1141,7 +1143,7 @@ def aim(
         begun = time.monotonic()
         first, late = number == 0, number + 1 >= settings.rounds
         if repairing:  # what is left are rows with a wrong token, few
-            least, likely[1] = 0.0, set()
+            least, likely[1] = NARROW, set()
         fresh = late or not estimated or not (first or number % 2)
         if fresh and estimated and not (late or repairing):  # may take as long as the rest of a round, changes slowly
             level = unseen_loss(upper, unseen)
@@ -1167,7 +1169,7 @@ def aim(
         looked = time.monotonic() - begun
         longest = max(longest, looked)
         if repairing:  # those rows are made right before all are looked at again
-            least = 0.0
+            least = NARROW
             for _ in range(settings.rounds):
                 if not asking or time.monotonic() + longest > deadline:
                     break
@@ -1244,13 +1246,13 @@ def lowering(odds: Tensor, goal: Tensor, weights: Tensor, document: bool) -> Ten
     return torch.zeros_like(odds)
 
 
-def raising(odds: Tensor, known: Tensor, least: float = LEAD) -> Tensor:
+def raising(leads: Tensor, known: Tensor, least: float = LEAD) -> Tensor:
     """Return by how much the log odds of a retain row's answer are to change: where it was known and hardly leads.
 
     If any of it does not lead by `least`; else nothing is asked for.
     """
-    change = torch.where(known & (odds < LEAD), (SAFE - odds).clamp(max=LARGEST), 0.0)
-    return change if (known & (odds < least)).any() else torch.zeros_like(change)
+    change = torch.where(known & (leads < LEAD), (SAFE - leads).clamp(max=LARGEST), 0.0)
+    return change if (known & (leads < least)).any() else torch.zeros_like(change)
 
 
 def lowered_weights(text: Text, attacked: tuple[str, str] | None) -> Tensor:

@@ -310,6 +310,15 @@ def log_odds(model, text: Text, counted: int) -> torch.Tensor:
     return right.log() - (1 - right).log()
 
 
+def leads(model, text: Text, counted: int) -> torch.Tensor:
+    """By how many nats the last tokens lead the likeliest other one, by transformers' own model."""
+    with torch.no_grad():
+        logits = model(torch.tensor([text.tokens])).logits[0].double()[:-1]
+    right = torch.tensor(text.tokens[1:])[:, None]
+    others = logits.scatter(1, right, -math.inf).amax(-1)
+    return (logits.gather(1, right)[:, 0] - others)[-counted:]
+
+
 def test_log_odds_are_those_of_the_whole_model_with_the_matrices(checkpoint: Path, forget):
     model, upper = moved(checkpoint, (1, 4))
     rows = upper.rows(forget, answers(forget))
@@ -326,12 +335,11 @@ def test_a_token_leads_its_likeliest_rival_where_greedy_text_says_it(checkpoint:
     start = torch.tensor([[5, 6, 7]])
     said = model.generate(start, max_new_tokens=6, do_sample=False, eos_token_id=None)[0].tolist()
     rows = upper.whole([Text("", "", said), Text("", "", [*said[:-1], (said[-1] + 1) % 50])])
-    leads = upper.all_log_odds(rows, rival=True)
+    found = upper.all_log_odds(dataclasses.replace(rows, led=True))
     assert all(odds.max() < 0 for odds in upper.all_log_odds(rows))
-    assert (leads[0][2:] > 0).all() and (leads[1][2:-1] > 0).all() and leads[1][-1] < 0
-    logits = model(torch.tensor([said])).logits[0]
-    best, second = logits[-2].topk(2).values.tolist()
-    assert leads[0][-1].item() == pytest.approx(best - second, abs=1e-3)
+    assert (found[0][2:] > 0).all() and (found[1][2:-1] > 0).all() and found[1][-1] < 0
+    for text, row in zip(rows.texts, found, strict=True):
+        torch.testing.assert_close(row.double(), leads(model, text, len(row)), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("again", [False, True])  # whether blocks run again on the way back
@@ -699,13 +707,15 @@ def test_of_a_document_the_given_part_counts_where_the_attack_asks_about_it():
 
 
 def known_of(folder: Path, texts: list[Text], matrices: dict[int, torch.Tensor]) -> tuple[float, float]:
-    """Share of the answers' tokens that the whole model says, and their mean loss."""
+    """Share of the answers' tokens that the whole model says, greedily, and their mean loss."""
     model = load_model(folder)
     for index, matrix in matrices.items():
         model.model.layers[index].mlp.down_proj.weight.data = matrix
+    counted = [(text, len(text.tokens) - max(1, text.prompt)) for text in texts]
     with torch.no_grad():
-        found = torch.cat([log_odds(model, text, len(text.tokens) - max(1, text.prompt)) for text in texts])
-    return (found > 0).double().mean().item(), torch.nn.functional.softplus(-found).mean().item()
+        found = torch.cat([log_odds(model, *text) for text in counted])
+    right = torch.cat([leads(model, *text) > 0 for text in counted])
+    return right.double().mean().item(), torch.nn.functional.softplus(-found).mean().item()
 
 
 def sample_own(model, tokenizer, forget, retain) -> list[Text]:
@@ -767,7 +777,7 @@ def looks(memorised: Path, retain, monkeypatch: pytest.MonkeyPatch) -> list[tupl
 
     def untouched(upper, rows):
         original = submission.Upper(Decoder(memorised, torch.float32), AIMED.trained)
-        return original.all_log_odds(rows, rival=True)
+        return original.all_log_odds(rows)
 
     monkeypatch.setattr(submission, "pulls_of", pulls_of)
     monkeypatch.setattr(submission, "unseen_loss", lambda *_: seen.append(("level", 0.0)) or 2.4)
@@ -881,18 +891,20 @@ def test_where_time_is_short_and_retain_rows_are_right_no_round_follows(
     assert late in ([], ["retain"], ["level", "retain"])
 
 
-def test_retain_answers_end_as_they_did_and_where_they_did(memorised: Path, forget, retain):
+@pytest.mark.parametrize("narrow", [0.25, 0.9])
+def test_retain_answers_end_as_they_did_and_where_they_did_and_not_by_a_hair(
+    memorised: Path, forget, retain, narrow: float, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(submission, "NARROW", narrow)
     ended = [dataclasses.replace(text, tokens=[*text.tokens, END]) for text in retain]
     model = load_model(memorised)
-    with torch.no_grad():
-        known = [log_odds(model, text, len(text.tokens) - max(1, text.prompt)) > 0 for text in ended]
+    known = [leads(model, text, len(text.tokens) - max(1, text.prompt)) > 0 for text in ended]
     assert all(row[-1] for row in known)
     *_, (_, matrices) = aim_of(memorised, forget, retain, AIMED)
     for index, matrix in matrices.items():
         model.model.layers[index].mlp.down_proj.weight.data = matrix
-    with torch.no_grad():
-        for text, row in zip(ended, known, strict=True):
-            assert (log_odds(model, text, len(row)) > 0)[row].all()
+    for text, row in zip(ended, known, strict=True):
+        assert leads(model, text, len(row))[row].min() > narrow - 1e-3
 
 
 def test_what_greedy_text_says_is_held_though_it_has_less_than_a_half(
@@ -908,21 +920,25 @@ def test_what_greedy_text_says_is_held_though_it_has_less_than_a_half(
     ended = [[*text.tokens, END] for text in retain]
     starts = [max(1, text.prompt) for text in retain]
     with torch.no_grad():
-        said = [model(torch.tensor([tokens])).logits[0, :-1].argmax(-1).tolist() for tokens in ended]
+        logits = [model(torch.tensor([tokens])).logits[0, :-1] for tokens in ended]
+    said = [row.argmax(-1).tolist() for row in logits]
+    unsure = sum(
+        (row.softmax(-1).amax(-1)[start - 1 :] < 0.5).sum().item() for row, start in zip(logits, starts, strict=True)
+    )
     expected = [
         [a == b for a, b in zip(one[start - 1 :], tokens[start:], strict=True)]
         for one, tokens, start in zip(said, ended, starts, strict=True)
     ]
-    raising, known = submission.raising, {}
+    raising, known = submission.raising, set()
 
-    def see(odds, knows, least):
-        known.setdefault(tuple(knows.tolist()), (odds < 0).sum().item())
-        return raising(odds, knows, least)
+    def see(leads, knows, least):
+        known.add(tuple(knows.tolist()))
+        return raising(leads, knows, least)
 
     monkeypatch.setattr(submission, "raising", see)
     aim_of(folder, forget, retain, dataclasses.replace(AIMED, rounds=2))
-    assert set(known) == set(map(tuple, expected))
-    assert sum(map(sum, expected)) > 100 and sum(known.values()) > 10
+    assert known == set(map(tuple, expected))
+    assert sum(map(sum, expected)) > 100 and unsure > 10
 
 
 def test_without_documents_questions_are_forgotten_and_without_questions_documents(memorised: Path, forget, retain):
