@@ -1099,8 +1099,8 @@ def aim(
     only in the mean: their tokens are to lose more or less, by what the untouched model loses on them in `mixtures`,
     where the words before do not tell them, so that phrases which any document may have stay. And documents that the
     attack asks about are to lose, about (`spread`), what an unseen one would (`unseen_loss`, found in the third round
-    and the fifth; before, they aim as other documents do). A row that loses as much in the mean is left alone, a
-    document that loses more is pulled back.
+    and the first of retain rows alone; before, they aim as other documents do). A row that loses as much in the mean is
+    left alone, a document that loses more is pulled back.
 
     Tokens of retain answers, and what ends them, that do not lead by `LEAD` any more are raised in the same step; in
     the last round they alone, and while any leads by less than `NARROW`, its row again: such rows by themselves, up to
@@ -1110,7 +1110,7 @@ def aim(
 
     Raising retain rows takes forgotten text along: on a language model the first round of retain rows alone took a
     quarter of their loss from documents, and an eighth from unseen text. So the documents that the attack asks about
-    are held to their goals in it.
+    are held in it, to goals found once more, for what unseen text loses falls from round to round as both are repaired.
     """
     upper = Upper(decoder, settings.trained)
     attacked = attacked_kind(forget)
@@ -1119,6 +1119,7 @@ def aim(
     raised = upper.rows(ended, [torch.ones(len(text.tokens) - max(1, text.prompt)) for text in ended], led=True)
     whitenings = whitenings_of(upper, ((raised, 1.0), (upper.whole(general), settings.general)), settings)
     kinds = {kind: [row for row, text in enumerate(forget) if kind_of(text) == kind] for kind in map(kind_of, forget)}
+    asked_about = kinds[attacked] if attacked else []
     aims = untouched_aims(upper, lowered, kinds)
     known = [lead > 0 for lead in upper.all_log_odds(raised)]  # also where the likeliest has p < .5
     documents = [text for text in forget + retain if kind_of(text) == attacked]
@@ -1140,6 +1141,11 @@ def aim(
     def holds(row: int, odds: Tensor) -> Tensor:
         return holding(odds, goals[row], lowered.weights[row])
 
+    def aim_at(level: float) -> None:
+        means = [aims[row].mean().item() for row in asked_about]
+        for row, mean, goal in zip(asked_about, means, spread(means, level), strict=True):
+            goals[row] = goal / mean * aims[row]
+
     many, most = FEW * int(torch.cat(known).sum()), 3 * settings.rounds
     saved = progress.load("rounds") if progress else {}
     done, repairing = (int(saved.pop(name)) if saved else 0 for name in ("done", "repairing"))
@@ -1159,12 +1165,10 @@ def aim(
         if repairing:  # what is left are rows with a wrong token, few
             least, likely[1] = NARROW, set()
         fresh = late or not estimated or not (first or number % 2)
-        if fresh and estimated and not (late or repairing):  # may take as long as the rest of a round, changes slowly
+        if number == 2 and estimated and not (late or repairing):  # may take as long as the rest of a round
             level = unseen_loss(upper, unseen)
-        if attacked and level:
-            means = [aims[row].mean().item() for row in kinds[attacked]]
-            for row, mean, goal in zip(kinds[attacked], means, spread(means, level), strict=True):
-                goals[row] = goal / mean * aims[row]
+        if level:
+            aim_at(level)
         up, down = {}, {}
         if not first:  # no retain token has moved yet
             up = pulls_of(upper, raised, raises, likely[1], range(len(retain)))
@@ -1173,8 +1177,11 @@ def aim(
             repairing = repairing or enough or hurried
         if not repairing:
             down = pulls_of(upper, lowered, lowers, likely[0], range(len(forget)))
-        elif not alone and up and attacked and level:
-            down = pulls_of(upper, lowered, holds, set(kinds[attacked]), kinds[attacked])
+        elif not alone and up and asked_about and level:
+            if not hurried:
+                level = unseen_loss(upper, unseen)
+                aim_at(level)
+            down = pulls_of(upper, lowered, holds, set(asked_about), asked_about)
             for pull in down.values():
                 pull.held = True
         likely = [set(down), set(up)]

@@ -761,13 +761,12 @@ def test_forget_answers_become_unlikely_and_retain_answers_stay(memorised: Path,
 def test_documents_end_at_what_an_unseen_one_would_lose_and_are_pulled_back_above(
     memorised: Path, forget, retain, documents, monkeypatch: pytest.MonkeyPatch
 ):
-    """A level that is given, in every second round, first 2.4 nats; then, from the thirteenth round on, 1.2."""
-    levels = iter([2.4] * 5 + [1.2] * 6)
-    monkeypatch.setattr(submission, "unseen_loss", lambda *_: next(levels))
+    """A level that is given, 2.4 nats; the second round has brought some above it."""
+    monkeypatch.setattr(submission, "unseen_loss", lambda *_: 2.4)
     monkeypatch.setattr(submission, "SAVING", math.inf)
-    found = aim_of(memorised, forget, retain, dataclasses.replace(AIMED, rounds=24))
+    found = aim_of(memorised, forget, retain, dataclasses.replace(AIMED, rounds=12))
     upper = submission.Upper(Decoder(memorised, torch.float32), AIMED.trained)
-    for number, level in ((11, 2.4), (-1, 1.2)):  # it may be there before the last round
+    for number, level in ((9, 2.4), (-1, 2.4)):  # in rounds of both sides, and in the end
         upper.matrices = found[number][1]
         losses = [upper.mean_loss(upper.whole([text])) for text in documents]
         assert statistics.mean(losses) == pytest.approx(level, rel=0.1)
@@ -777,7 +776,7 @@ def test_documents_end_at_what_an_unseen_one_would_lose_and_are_pulled_back_abov
 def test_documents_are_held_to_their_goals_in_the_first_round_of_retain_rows_alone(
     memorised: Path, forget, retain, documents, monkeypatch: pytest.MonkeyPatch
 ):
-    """All to one goal: none ends off it, as each is a little before, and as they all were after a round in between."""
+    """All to one goal: none ends off it, as some are before."""
     monkeypatch.setattr(submission, "unseen_loss", lambda *_: 2.4)
     monkeypatch.setattr(submission, "SPREAD", 1e-6)
     steps = []
@@ -829,18 +828,18 @@ def looks(memorised: Path, retain, monkeypatch: pytest.MonkeyPatch) -> list[tupl
 def test_a_level_is_found_between_rounds_and_the_last_ones_are_the_retain_rows_alone(
     memorised: Path, forget, retain, looks, monkeypatch: pytest.MonkeyPatch
 ):
-    """No level in the fifth of five rounds, nor in those that follow the sixth of six.
+    """A level in the third round and the first of retain rows alone.
 
     While many retain tokens are wrong, both sides have more rounds, at most as many again; as many more, at most, if
     some still are when retain rows are alone.
     """
     both = ["retain", "forget"]
-    for few, rounds, later in ((1.0, 5, []), (1.0, 6, ["level", *both]), (-1.0, 6, ["level", *both, *6 * both])):
+    for few, rounds, later in ((1.0, 5, []), (1.0, 6, both), (-1.0, 6, [*both, *6 * both])):
         looks.clear()
         monkeypatch.setattr(submission, "FEW", few)
         aim_of(memorised, forget, retain, dataclasses.replace(AIMED, rounds=rounds))
         seen = [what for what, _ in looks]
-        expected = ["forget", *both, "level", *both, *both, *later, "retain"]
+        expected = ["forget", *both, "level", *both, *both, *later, "retain", "level"]
         assert seen[: len(expected)] == expected
         assert set(seen[len(expected) :]) == {"retain"} and len(seen) - len(expected) <= 2 * rounds
 
@@ -901,7 +900,7 @@ def test_where_time_is_short_the_last_round_is_the_retain_rows_alone(
     aim_of(memorised, forget, retain, AIMED, seconds)
     seen = [what for what, _ in looks]
     assert seen.count("retain") < AIMED.rounds + 5
-    assert seen[-1] == "retain"
+    assert [what for what in seen if what != "level"][-1] == "retain"
     assert next(clock) <= seconds + 7  # a round may take some more than the longest before it, and documents are held
 
 
