@@ -1161,10 +1161,10 @@ def aim(
     for number in tqdm(range(done, most), desc="rounds", total=settings.rounds, mininterval=2):
         begun = time.monotonic()
         first, late = number == 0, number + 1 >= settings.rounds
-        alone = bool(repairing)  # the round before was of retain rows alone
+        held = bool(repairing)  # the round before was of retain rows alone: documents were held in that
         if repairing:  # what is left are rows with a wrong token, few
             least, likely[1] = NARROW, set()
-        fresh = late or not estimated or not (first or number % 2)
+        settled = late or not estimated or number >= 2  # goals are what they stay until documents are held
         if number == 2 and estimated and not (late or repairing):  # may take as long as the rest of a round
             level = unseen_loss(upper, unseen)
         if level:
@@ -1177,7 +1177,7 @@ def aim(
             repairing = repairing or enough or hurried
         if not repairing:
             down = pulls_of(upper, lowered, lowers, likely[0], range(len(forget)))
-        elif not alone and up and asked_about and level:
+        elif not held and up and asked_about and level:
             if not hurried:
                 level = unseen_loss(upper, unseen)
                 aim_at(level)
@@ -1186,7 +1186,7 @@ def aim(
                 pull.held = True
         likely = [set(down), set(up)]
         pulls = [*down.values(), *up.values()]
-        over = number + 1 == most or ((fresh or repairing) and not pulls)
+        over = number + 1 == most or ((settled or repairing) and not pulls)
         if pulls:
             step(upper, pulls, whitenings)
         asking = sorted(up)
