@@ -273,7 +273,7 @@ def read_texts(folder: Path, side: str, tokenizer: Any) -> list[Text]:
         if len(table) == 1 and "id" in table and isinstance(table["id"][0], dict | list):
             table = pandas.DataFrame(table.iloc[0].to_dict())  # some public copies hold one line of columns
         rows = table.to_dict("records")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # the last where pandas has no reader of parquet
         raise BadInput(f"{path}: cannot be read: {_first_line(error)}") from None
     for column in COLUMNS:
         if column not in table:

@@ -1584,6 +1584,14 @@ def test_column_wise_json_gives_the_same_texts(checkpoint: Path, rows, tmp_path:
     assert read_texts(tmp_path, "forget", load_tokenizer(checkpoint)) == forget
 
 
+def test_parquet_is_refused_in_one_line_where_nothing_reads_it(tmp_path: Path, rows, monkeypatch: pytest.MonkeyPatch):
+    pandas.DataFrame(rows["forget"]).to_parquet(tmp_path / "forget.parquet")
+    for name in ("pyarrow", "fastparquet"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    with pytest.raises(BadInput, match=r"^[^\n]*forget.parquet: cannot be read: [^\n]*pyarrow[^\n]*$"):
+        read_texts(tmp_path, "forget", None)
+
+
 def test_weights_that_are_not_finite_are_refused(checkpoint: Path, data: Path, tmp_path: Path):
     for path in checkpoint.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
