@@ -1099,8 +1099,8 @@ def aim(
     only in the mean: their tokens are to lose more or less, by what the untouched model loses on them in `mixtures`,
     where the words before do not tell them, so that phrases which any document may have stay. And documents that the
     attack asks about are to lose, about (`spread`), what an unseen one would (`unseen_loss`, found in the third round
-    and the first of retain rows alone; before, they aim as other documents do). A row that loses as much in the mean is
-    left alone, a document that loses more is pulled back.
+    and after the first step of retain rows alone; before, they aim as other documents do). A row that loses as much in
+    the mean is left alone, a document that loses more is pulled back.
 
     Tokens of retain answers, and what ends them, that do not lead by `LEAD` any more are raised in the same step; in
     the last round they alone, and while any leads by less than `NARROW`, its row again: such rows by themselves, up to
@@ -1108,9 +1108,10 @@ def aim(
     both sides have more rounds, at most as many again; where time is short, fewer. Each row has a factor of its own in
     a step: some respond ten times as much as others.
 
-    Raising retain rows takes forgotten text along: on a language model the first round of retain rows alone took a
-    quarter of their loss from documents, and an eighth from unseen text. So the documents that the attack asks about
-    are held in it, to goals found once more, for what unseen text loses falls from round to round as both are repaired.
+    Raising retain rows takes forgotten text along: on a language model the first step of retain rows alone took a
+    quarter of their loss from documents, and a later one, of a single row, a twentieth. So the documents that the
+    attack asks about are held in each. The level is found once more after the first, for what unseen text loses falls
+    as both are repaired.
     """
     upper = Upper(decoder, settings.trained)
     attacked = attacked_kind(forget)
@@ -1141,6 +1142,12 @@ def aim(
     def holds(row: int, odds: Tensor) -> Tensor:
         return holding(odds, goals[row], lowered.weights[row])
 
+    def documents_held() -> dict[int, Pull]:
+        pulls = pulls_of(upper, lowered, holds, set(asked_about), asked_about)
+        for pull in pulls.values():
+            pull.held = True
+        return pulls
+
     def aim_at(level: float) -> None:
         means = [aims[row].mean().item() for row in asked_about]
         for row, mean, goal in zip(asked_about, means, spread(means, level), strict=True):
@@ -1161,7 +1168,7 @@ def aim(
     for number in tqdm(range(done, most), desc="rounds", total=settings.rounds, mininterval=2):
         begun = time.monotonic()
         first, late = number == 0, number + 1 >= settings.rounds
-        held = bool(repairing)  # the round before was of retain rows alone: documents were held in that
+        found = bool(repairing)  # the round before was of retain rows alone: the level was found once more in that
         if repairing:  # what is left are rows with a wrong token, few
             least, likely[1] = NARROW, set()
         settled = late or not estimated or number >= 2  # goals are what they stay until documents are held
@@ -1177,13 +1184,8 @@ def aim(
             repairing = repairing or enough or hurried
         if not repairing:
             down = pulls_of(upper, lowered, lowers, likely[0], range(len(forget)))
-        elif not held and up and asked_about and level:
-            if not hurried:
-                level = unseen_loss(upper, unseen)
-                aim_at(level)
-            down = pulls_of(upper, lowered, holds, set(asked_about), asked_about)
-            for pull in down.values():
-                pull.held = True
+        elif up and level:
+            down = documents_held()
         likely = [set(down), set(up)]
         pulls = [*down.values(), *up.values()]
         over = number + 1 == most or ((settled or repairing) and not pulls)
@@ -1195,14 +1197,19 @@ def aim(
         longest = max(longest, looked)
         if repairing:  # those rows are made right before all are looked at again
             least = NARROW
+            finding = level > 0 and not (found or hurried)
             for _ in range(settings.rounds):
-                if not asking or time.monotonic() + longest > deadline:
+                if not (asking or finding) or time.monotonic() + longest > deadline:
                     break
+                if finding:
+                    level = unseen_loss(upper, unseen)
+                    aim_at(level)
                 up = pulls_of(upper, raised, raises, set(), asking)
-                asking = sorted(up)
-                if up:
-                    step(upper, list(up.values()), whitenings)
-                up = {}
+                down = documents_held() if level and (up or finding) else {}
+                if up or down:
+                    step(upper, [*down.values(), *up.values()], whitenings)
+                finding, asking = False, sorted(up)
+                up, down = {}, {}
         if not all(matrix.isfinite().all() for matrix in upper.matrices.values()):
             raise BadInput(f"the changes are not finite: the ridge {settings.ridge} is out of range")
         if progress:
@@ -1398,9 +1405,10 @@ def general_wishes(tokenizer: Any, forget: list[Text], retain: list[Text], setti
 
     A sample of all else that the model knows, held in place as the retain rows do not touch it: other text of the rows'
     own kinds, which suffers first, and questions with their answers. Rows that it has memorised it may not write
-    (`continuations`), for what it recites is held already, or to be forgotten; nor may it end a text, to go on with one
-    of another kind. Unseen text is more surprising than what a model likes to write: so it is drawn at a temperature
-    above 1.
+    (`continuations`), for what it recites is held already, or to be forgotten; but it may what a retain row shares with
+    another of either side, for other text of these kinds has such phrases, too. Nor may it end a text, to go on with
+    one of another kind. Unseen text is more surprising than what a model likes to write: so it is drawn at a
+    temperature above 1.
     """
     wanted = round(settings.general_ratio * sum(len(text.tokens) for text in retain) / GENERAL_LENGTH)
     if settings.general == 0 or wanted == 0:
@@ -1415,7 +1423,7 @@ def general_wishes(tokenizer: Any, forget: list[Text], retain: list[Text], setti
         own = rows[number // 2 % len(rows)]
         row = own[int(torch.randint(len(own), (1,), generator=generator))]
         openings.append(questions if number % 2 else row[: before + OPENED])
-    barred = continuations(tokenizer, forget + retain)
+    barred = continuations(tokenizer, forget + retain, forget + retain, retain)
     return [Wish(opening, GENERAL_LENGTH, TEMPERATURE, barred) for opening in openings]
 
 
@@ -1501,11 +1509,11 @@ def check_same(decoder: Decoder, model: Any, text: Text) -> None:
 
 
 def continuations(
-    tokenizer: Any, texts: list[Text], documents: Sequence[Text] = ()
+    tokenizer: Any, texts: list[Text], documents: Sequence[Text] = (), kept: Sequence[Text] | None = None
 ) -> dict[tuple[int, ...], list[int]]:
     """Return for each run of tokens in the texts, about `NOVEL` words less one token, the tokens that follow it.
 
-    Not where that is in more than one of the documents.
+    Not where that is in more than one of the documents, and in one of those `kept`, if any are given.
     """
     words = sum(len(tokenizer.decode(text.tokens, skip_special_tokens=True).split()) for text in texts)
     length = max(2, round(NOVEL * sum(len(text.tokens) for text in texts) / max(1, words)))
@@ -1514,9 +1522,12 @@ def continuations(
         return [tuple(text.tokens[end - length : end]) for end in range(length, len(text.tokens) + 1)]
 
     holders = Counter(run for text in documents for run in set(runs(text)))
+    shared = {run for run, count in holders.items() if count > 1}
+    if kept is not None:
+        shared &= set(itertools.chain.from_iterable(map(runs, kept)))
     found: dict[tuple[int, ...], list[int]] = {}
     for run in itertools.chain.from_iterable(map(runs, texts)):
-        if holders[run] < 2:
+        if run not in shared:
             found.setdefault(run[:-1], []).append(run[-1])
     return found
 
