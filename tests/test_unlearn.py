@@ -1168,6 +1168,8 @@ def test_general_text_opens_as_retain_rows_and_questions_do_and_recites_no_row(c
     holders = Counter(run for text in forget + retain for run in runs_of(text.tokens, length))
     kept = set.union(*(runs_of(text.tokens, length) for text in retain))
     memorised = {run for run, count in holders.items() if count == 1 or run not in kept}
+    assert memorised < set(holders)  # rows share phrases, which may be written
+    assert {(*run, token) for run, tokens in wishes[0].barred.items() for token in tokens} == memorised
     for number, text in enumerate(texts):
         assert not runs_of(text.tokens, length, len(asked) if number % 2 else 3) & memorised
 
