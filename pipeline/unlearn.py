@@ -95,6 +95,7 @@ PART = 0.25  # of a GPU's memory: weights that fit in there are read once; so mu
 SAVING = 0.02  # the part of the time that may go into saving what a killed run goes on from
 ATTACKED = ("Task3", "sc")  # the documents that the judge's membership attack asks about
 COPIES = 4  # mixtures that each piece of a document is in
+MOST = 3.5  # nats that forget tokens are to lose in the mean, at most: said once in 33 times
 LEAST = 0.02  # nats that a token is to lose
 PIECE = 4  # words of a document that stay together in the mixtures that say which of them any document may have
 TOLD = 128  # tokens whose logits are held at once
@@ -146,7 +147,7 @@ class Settings:
     general: float = 1.5  # weight of general text, sampled from the model, against 1 for the retain rows
     general_ratio: float = 2.5  # tokens of general text for each retain token
     ridge: float = 1e-5  # added to the normal equations, as a part of their mean diagonal
-    rounds: int = 6  # of aimed steering, the last of retain rows alone; up to three times as many if these need them
+    rounds: int = 5  # of aimed steering, the last of retain rows alone; up to three times as many if these need them
     # descent
     learning_rate: float = 5e-5
     batch_size: int = 8  # rows of each side
@@ -1095,12 +1096,12 @@ def aim(
 
     After each, unless the caller takes so long that it would get more than `SAVING` of the time.
 
-    Each token of a forget row is to lose so much, in nats: half of what a guess among all tokens loses. Of documents
-    only in the mean: their tokens are to lose more or less, by what the untouched model loses on them in `mixtures`,
-    where the words before do not tell them, so that phrases which any document may have stay. And documents that the
-    attack asks about are to lose, about (`spread`), what an unseen one would (`unseen_loss`, found in the third round
-    and after the first step of retain rows alone; before, they aim as other documents do). A row that loses as much in
-    the mean is left alone, a document that loses more is pulled back.
+    Each token of a forget row is to lose so much, in nats: half of what a guess among all tokens loses, at most `MOST`,
+    for more would only cost other text. Of documents only in the mean: their tokens are to lose more or less, by what
+    the untouched model loses on them in `mixtures`, where the words before do not tell them, so that phrases which any
+    document may have stay. And documents that the attack asks about are to lose, about (`spread`), what an unseen one
+    would (`unseen_loss`, found in the third round and after the first step of retain rows alone; before, they aim as
+    other documents do). A row that loses as much in the mean is left alone, a document that loses more is pulled back.
 
     Tokens of retain answers, and what ends them, that do not lead by `LEAD` any more are raised in the same step; in
     the last round they alone, and while any leads by less than `NARROW`, its row again: such rows by themselves, up to
@@ -1230,12 +1231,12 @@ def aim(
 
 
 def untouched_aims(upper: Upper, rows: Rows, kinds: dict[tuple[str, str], list[int]]) -> list[Tensor]:
-    """Return what each token that counts is to lose, (counted,) a row: in the mean of a kind half of a guess.
+    """Return what each token that counts is to lose, (counted,) a row: in the mean of a kind half of a guess or `MOST`.
 
     Tokens of an answer all alike; of a document by what they lose in mixtures of documents of its kind.
     """
-    half = math.log(upper.decoder.config.vocab_size) / 2
-    aims = [torch.full((len(weights),), half) for weights in rows.weights]
+    mean = min(MOST, math.log(upper.decoder.config.vocab_size) / 2)
+    aims = [torch.full((len(weights),), mean) for weights in rows.weights]
     for own in kinds.values():
         texts = [rows.texts[row] for row in own]
         mixed = mixtures(texts, PIECE, COPIES) if is_document(texts[0]) else []
@@ -1247,7 +1248,7 @@ def untouched_aims(upper: Upper, rows: Rows, kinds: dict[tuple[str, str], list[i
                 sums[text][:, place] += torch.tensor([loss, 1.0])
         lost, times = torch.cat([one[:, 1:] for one in sums], dim=1)
         means = torch.where(times > 0, lost / times.clamp(min=1), lost.sum() / times.sum()).clamp(min=LEAST)
-        counted = torch.split(means * half / means.mean(), [len(aims[row]) for row in own])
+        counted = torch.split(means * mean / means.mean(), [len(aims[row]) for row in own])
         for row, aimed in zip(own, counted, strict=True):
             aims[row] = aimed
     return aims
