@@ -1556,6 +1556,24 @@ def test_decoders_that_break_what_is_assumed_are_refused(kind: str, tmp_path: Pa
         assert losses_of(decoder, [text]) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", [kind for kind, known in KNOWN.items() if known])
+def test_heads_that_share_keys_write_what_the_whole_model_does(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """So cold that it writes the likeliest. Against all tokens so far, anew for each, by transformers' attention."""
+    monkeypatch.setattr(submission, "fast_dtype", lambda: torch.float32)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES)).eval()
+    model.save_pretrained(tmp_path)
+    wishes = [submission.Wish([n, n + 1], 24, 1e-6, {}) for n in range(40, 54)]
+    written = submission.write(whole(tmp_path)(), wishes, torch.Generator().manual_seed(0), END)
+    with torch.no_grad():
+        logits = model(torch.tensor(written)).logits[:, 1:-1]
+    logits[:, :, END] = -math.inf
+    assert torch.tensor(written)[:, 2:].equal(logits.argmax(-1))
+    assert len({token for tokens in written for token in tokens[2:]}) > 50  # what is said depends on what is before
+
+
 def test_a_head_that_is_not_finite_is_refused(checkpoint: Path, data: Path, tmp_path: Path):
     shutil.copytree(checkpoint, tmp_path / "in")
     tensors = load_file(checkpoint / "model.safetensors")
