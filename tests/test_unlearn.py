@@ -1684,7 +1684,7 @@ def test_where_no_lock_can_be_made_nobody_is_waited_for(tmp_path: Path):
 def test_tokens_are_drawn_as_often_as_they_are_probable():
     probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2, 0.0])
     rows = 40_000
-    drawn = submission.draw(probabilities.log().expand(rows, -1), torch.Generator().manual_seed(0))
+    drawn = submission.draw(probabilities.log().repeat(rows, 1), torch.Generator().manual_seed(0))
     assert drawn.shape == (rows, 1)
     counts = torch.bincount(drawn[:, 0], minlength=5).double()
     spread = (rows * probabilities * (1 - probabilities)).sqrt()
