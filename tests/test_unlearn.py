@@ -1566,7 +1566,12 @@ def test_heads_that_share_keys_write_what_the_whole_model_does(
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES)).eval()
     model.save_pretrained(tmp_path)
     wishes = [submission.Wish([n, n + 1], 24, 1e-6, {}) for n in range(40, 54)]
+    packed, shapes = submission.packed_attention, []
+    monkeypatch.setattr(
+        submission, "packed_attention", lambda *args, **more: (shapes.append(args[1].shape), packed(*args, **more))[1]
+    )
     written = submission.write(whole(tmp_path)(), wishes, torch.Generator().manual_seed(0), END)
+    assert shapes == [(14, 4, 1, 8)] * 23 * 3  # it is what is used, in each block
     with torch.no_grad():
         logits = model(torch.tensor(written)).logits[:, 1:-1]
     logits[:, :, END] = -math.inf
