@@ -78,13 +78,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import mse_loss, scaled_dot_product_attention, softplus
+from torch.nn.functional import mse_loss, softplus
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 Module = Any  # a decoder block; its parts are the model's own
 
@@ -101,7 +101,7 @@ PIECE = 4  # words of a document that stay together in the mixtures that say whi
 TOLD = 128  # tokens whose logits are held at once
 PASS_TOKENS = 8192  # of a batch that is passed through a block without gradients
 GRADIENT_TOKENS = 2048  # of a batch whose logits or gradients are taken
-SHORT = 128  # tokens: for rows up to there gradients of torch's fused attention take a CPU longer than of the plain one
+PLAIN = 512  # tokens: up to there a CPU takes longer for torch's fused attention in bfloat16 than for plain products
 FORMED_BYTES = 1 << 30  # of gradients in a matrix, of all rows, that are formed together
 DAMPING = 0.01  # of the equations between rows, as a part of their diagonal
 ALIKE = 0.8  # the shortest row of a batch over the longest: padding is work
@@ -375,14 +375,41 @@ def read_skeleton(folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
-            # Not what the config may ask for: of the plain implementation it is the caller who hides later tokens.
-            skeleton = auto.from_config(config, attn_implementation="sdpa").base_model
+            # Not what the config may ask for: of others it is the caller who hides later tokens.
+            skeleton = auto.from_config(config, attn_implementation="causal").base_model
     except Exception as error:  # transformers raises a dozen types here, all of them about the folder
         raise BadInput(f"{folder}: not a usable model folder: {_first_line(error)}") from None
     for part in ("embed_tokens", "layers", "rotary_emb", "norm"):
         if not hasattr(skeleton, part):
             raise BadInput(f"{folder}: a {config.model_type} has no {part}: not a decoder of the kind known here")
     return skeleton
+
+
+def causal_attention(
+    module: Module, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float | None = None, **more: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Return the attention of the last positions, (rows, new, heads, width), to all before them and themselves.
+
+    `query` is (rows, heads, new, width), `key` and `value` (rows, heads that others share, positions, width). Torch's
+    own, but where that takes a CPU three to eight times as long as plain products, forth and back: in bfloat16 and not
+    too long, or of one new position. There heads that share keys go in side by side, as further positions.
+    """
+    rows, heads, new, width = query.shape
+    sharing, positions = key.shape[1:3]
+    plain = query.device.type == "cpu" and query.dtype == torch.bfloat16 and positions <= PLAIN
+    if new > 1 and not plain:
+        own: tuple[Tensor, Tensor | None] = FUSED(module, query, key, value, mask, scaling=scaling, **more)
+        return own
+    packed = (query * (scaling or width**-0.5)).reshape(rows, sharing, -1, width)
+    scores = (packed @ key.mT).view(rows, sharing, -1, new, positions)
+    if new > 1:
+        scores = scores + scores.new_full((new, positions), -math.inf).triu(1 + positions - new)
+    shares = scores.softmax(-1).view(rows, sharing, -1, positions)
+    return (shares @ value).view(rows, heads, new, width).transpose(1, 2), None
+
+
+FUSED: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
+AttentionInterface.register("causal", causal_attention)
 
 
 def depth_of(folder: Path) -> int:
@@ -988,15 +1015,14 @@ def pulls_of(
     for places in batches([len(rows.texts[row].tokens) for row in chosen], GRADIENT_TOKENS, ALIKE):
         batch = [chosen[place] for place in places]
         passed = Passed()
-        with attention_for(max(len(rows.texts[row].tokens) for row in batch), upper.decoder.device):
-            found = zip(batch, upper.log_odds(rows, batch, weights, passed), strict=True)
-            wanted = {row: asks(row, odds.cpu()) for row, odds in found}
-            if not any(change.any() for change in wanted.values()):
-                continue
-            asked = {row: rows.weights[row] * change for row, change in wanted.items()}
-            slopes = torch.cat([asked[row] for row in batch])[:, None].to(passed.slopes.device) * passed.slopes
-            slopes = slopes.to(passed.slopes.dtype)
-            found_gradients = torch.autograd.grad(passed.normed, list(passed.leaving.values()), slopes)
+        found = zip(batch, upper.log_odds(rows, batch, weights, passed), strict=True)
+        wanted = {row: asks(row, odds.cpu()) for row, odds in found}
+        if not any(change.any() for change in wanted.values()):
+            continue
+        asked = {row: rows.weights[row] * change for row, change in wanted.items()}
+        slopes = torch.cat([asked[row] for row in batch])[:, None].to(passed.slopes.device) * passed.slopes
+        slopes = slopes.to(passed.slopes.dtype)
+        found_gradients = torch.autograd.grad(passed.normed, list(passed.leaving.values()), slopes)
         gradients = dict(zip(passed.leaving, found_gradients, strict=True))
         for place, row in enumerate(batch):
             if wanted[row].any():
@@ -1008,13 +1034,6 @@ def pulls_of(
                 )
                 pulls[row] = Pull((asked[row] * wanted[row]).sum().item(), g, a)
     return pulls
-
-
-def attention_for(length: int, device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Choose the attention whose gradients are computed sooner, for rows of so many tokens."""
-    if device.type == "cpu" and length <= SHORT:
-        return sdpa_kernel(SDPBackend.MATH)
-    return contextlib.nullcontext()
 
 
 @torch.no_grad()
@@ -1466,21 +1485,8 @@ def whole_model(folder: Path, text: Text) -> Any:
         if not weight.isfinite().all():
             raise BadInput(f"{folder}: tensor {name} has values that are not finite")
     check_same(Decoder(folder), model, text)
-    AttentionInterface.register("packed", packed_attention)
-    model.set_attn_implementation("packed")
+    model.set_attn_implementation("causal")
     return model
-
-
-def packed_attention(
-    _module: Module, query: Tensor, key: Tensor, value: Tensor, _mask: object, scaling: float | None = None, **_: object
-) -> tuple[Tensor, None]:
-    """Return the attention of one new position, (rows, 1, heads, width), to all before it and itself, without a mask.
-
-    Heads that share keys go in as positions do: on a CPU torch's own way with them takes four times as long.
-    """
-    rows, heads, _new, width = query.shape
-    packed = query.reshape(rows, key.shape[1], -1, width)
-    return scaled_dot_product_attention(packed, key, value, scale=scaling).reshape(rows, 1, heads, width), None
 
 
 def sample(model: Callable[[], Any], wishes: Sequence[Wish], seed: int, end: int) -> list[list[int]]:
