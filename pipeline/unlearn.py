@@ -46,6 +46,11 @@ A run that was killed goes on where it stopped, if called again with the same ar
 (but on a GPU, which does not take sums in one order).
 """
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # while libraries are imported: what they make stays, and to look for garbage in it takes a second
+
 import argparse
 import bisect
 import contextlib
@@ -2077,6 +2082,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()
+    gc.enable()
     try:
         main(sys.argv[1:])
     except (BadInput, OSError) as error:  # the latter of a full disk, or a folder that cannot be written to
