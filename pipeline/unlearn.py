@@ -96,7 +96,7 @@ Module = Any  # a decoder block; its parts are the model's own
 TASKS = ("Task1", "Task2", "Task3")
 COLUMNS = ("id", "input", "output", "task")
 CACHE_BYTES = 4 << 30  # a larger cache of activations lies in a file
-PART = 0.25  # of a GPU's memory: weights that fit in there are read once; so much may sampling keep of its texts
+PART = 0.25  # of memory: weights that fit in there are read once; so much of a GPU's may sampling keep of its texts
 SAVING = 0.02  # the part of the time that may go into saving what a killed run goes on from
 ATTACKED = ("Task3", "sc")  # the documents that the judge's membership attack asks about
 COPIES = 4  # mixtures that each piece of a document is in
@@ -119,6 +119,7 @@ OWN = 48  # texts that the model writes as it writes documents, to measure how s
 OWN_LENGTH = 192  # tokens of each, at most
 OWN_TEMPERATURE = 1.25
 UNSEEN = 1.06  # what an unseen document loses, as a multiple of the estimate in `unseen_loss`
+ROUGHLY = 3  # of so many texts one is enough for a level that is found again before the end
 SPREAD = 0.2  # of the level, the standard deviation of what documents are to lose: see `spread`
 QUESTIONS = (
     "The following are multiple choice questions (with answers) about"  # the model goes on with subjects it knows
@@ -464,7 +465,8 @@ class Decoder:
             raise BadInput(f"{folder}: no *.safetensors: weights in any other format are not read")
         self._check_shapes()
         size = self.dtype.itemsize * sum(value.numel() for value in self.skeleton.state_dict().values())
-        self.keeps = self.device.type == "cuda" and size <= PART * torch.cuda.mem_get_info()[1]
+        room = torch.cuda.mem_get_info()[1] if self.device.type == "cuda" else CACHE_BYTES
+        self.keeps = size <= PART * room
         self.kept: dict[str, Tensor] = {}  # the weights that were read, by name
         with self.device:
             self.rotary = type(self.skeleton.rotary_emb)(config=self.config)
@@ -934,9 +936,9 @@ class Upper:
             found |= zip(places, (row.cpu() for row in odds), strict=True)
         return [found[place] for place in range(len(chosen))]
 
-    def mean_loss(self, rows: Rows) -> float:
-        """Return the mean loss of all tokens that count, nats."""
-        return softplus(-torch.cat(self.all_log_odds(rows))).mean().item()
+    def mean_loss(self, rows: Rows, every: int = 1) -> float:
+        """Return the mean loss of all tokens that count, nats, of one row of so many."""
+        return softplus(-torch.cat(self.all_log_odds(rows, range(0, len(rows.texts), every)))).mean().item()
 
 
 @torch.no_grad()
@@ -1073,7 +1075,9 @@ def step(upper: Upper, pulls: list[Pull], whitenings: dict[int, Tensor]) -> None
         together = max(1, FORMED_BYTES // size)
         for first in range(0, hidden, together):
             units = slice(first, first + together)
-            formed = torch.stack([g[:, units].T @ white[n] for n, g in enumerate(gradients)], dim=1)
+            formed = white[0].new_empty(len(gradients[0][0, units]), len(pulls), intermediate)
+            for n, g in enumerate(gradients):
+                formed[:, n] = g[:, units].T @ white[n]
             products += (formed @ formed.mT).double().sum(dim=0).cpu()  # of each unit by itself: rounding evens out
     factors = factors_of(products, [pull.wanted for pull in pulls], [pull.held for pull in pulls])
     for index, matrix in upper.matrices.items():
@@ -1197,8 +1201,8 @@ def aim(
         if repairing:  # what is left are rows with a wrong token, few
             least, likely[1] = NARROW, set()
         settled = late or not estimated or number >= 2  # goals are what they stay until documents are held
-        if number == 2 and estimated and not (late or repairing):  # may take as long as the rest of a round
-            level = unseen_loss(upper, unseen)
+        if number == 2 and estimated and not (late or repairing):
+            level = unseen_loss(upper, unseen, ROUGHLY)
         if level:
             aim_at(level)
         up, down = {}, {}
@@ -1336,7 +1340,7 @@ def lowered_weights(text: Text, attacked: tuple[str, str] | None) -> Tensor:
     return weights
 
 
-def unseen_loss(upper: Upper, texts: Sequence[Rows]) -> float:
+def unseen_loss(upper: Upper, texts: Sequence[Rows], every: int = 1) -> float:
     """Return what an unseen document would lose in the mean, nats a token, from mixtures, own text and mixtures of it.
 
     No unseen document is given. Mixtures of the words of documents of both sides are as unseen, some of their words to
@@ -1344,7 +1348,7 @@ def unseen_loss(upper: Upper, texts: Sequence[Rows]) -> float:
     itself: how much less it loses there than on mixtures of that, in the later half, for what is near an opening is
     near what is forgotten. `UNSEEN` was found on small models.
     """
-    mixed, own, mixed_own = (upper.mean_loss(rows) for rows in texts)
+    mixed, own, mixed_own = (upper.mean_loss(rows, every) for rows in texts)
     return UNSEEN * mixed * own / mixed_own
 
 

@@ -576,8 +576,9 @@ def test_in_a_mixture_no_two_pieces_of_one_text_follow_each_other(count: int):
         assert len(different) == count * min(count - 1, submission.COPIES)
 
 
+@pytest.mark.parametrize("every", [1, 2])
 def test_an_unseen_document_is_measured_on_mixtures_and_on_what_own_text_costs_against_mixed(
-    checkpoint: Path, documents, forget, retain
+    checkpoint: Path, documents, forget, retain, every: int
 ):
     model, upper = moved(checkpoint, (1, 4))
     texts = documents, forget, retain
@@ -586,9 +587,9 @@ def test_an_unseen_document_is_measured_on_mixtures_and_on_what_own_text_costs_a
     means = [
         sum(loss.item() * (len(text.tokens) - 1) for loss, text in zip(losses, some, strict=True))
         / sum(len(text.tokens) - 1 for text in some)
-        for losses, some in zip(each, texts, strict=True)
+        for losses, some in ((losses[::every], some[::every]) for losses, some in zip(each, texts, strict=True))
     ]
-    found = submission.unseen_loss(upper, [upper.whole(some) for some in texts])
+    found = submission.unseen_loss(upper, [upper.whole(some) for some in texts], every)
     assert found == pytest.approx(submission.UNSEEN * means[0] * means[1] / means[2], rel=1e-3)
 
 
@@ -596,7 +597,7 @@ def test_of_documents_mixtures_all_tokens_count_for_the_level_and_of_own_text_th
     memorised: Path, forget, retain, documents, monkeypatch: pytest.MonkeyPatch
 ):
     seen: list[submission.Rows] = []
-    monkeypatch.setattr(submission, "unseen_loss", lambda _, texts: (seen.extend(texts), 2.4)[1])
+    monkeypatch.setattr(submission, "unseen_loss", lambda _, texts, *_every: (seen.extend(texts), 2.4)[1])
     aim_of(memorised, forget, retain, AIMED)
     mixed, own, mixed_own = seen[:3]
     model = load_model(memorised)
@@ -782,8 +783,13 @@ def test_documents_are_held_in_every_step_of_retain_rows_alone_to_a_level_found_
 
     Rows are raised until they lead by far, and by a part of it at once, so that they ask again and again in a round.
     """
-    levels = [2.4, 2.6]
-    monkeypatch.setattr(submission, "unseen_loss", lambda *_: levels.pop(0))
+    levels, roughly = [2.4, 2.6], []
+
+    def unseen_loss(_upper, _texts, every: int = 1) -> float:
+        roughly.append(every > 1)
+        return levels.pop(0)
+
+    monkeypatch.setattr(submission, "unseen_loss", unseen_loss)
     monkeypatch.setattr(submission, "SPREAD", 1e-6)
     monkeypatch.setattr(submission, "NARROW", submission.LEAD)
     raising = submission.raising
@@ -800,7 +806,7 @@ def test_documents_are_held_in_every_step_of_retain_rows_alone_to_a_level_found_
     monkeypatch.setattr(submission, "step", record)
     monkeypatch.setattr(submission, "SAVING", math.inf)
     rounds = aim_of(memorised, forget, retain, AIMED)
-    assert not levels
+    assert roughly == [True, False]
     first = next(place for place, (held, _, _) in enumerate(steps) if held)
     assert steps[first][1] > len(documents)  # retain rows are raised in it
     assert max(abs(loss - 2.4) for loss in steps[first - 1][2]) > 0.05
@@ -1095,7 +1101,7 @@ def test_own_text_may_say_what_two_documents_do_but_not_what_one_does(
 
 
 def test_weights_that_are_kept_are_read_once_and_change_nothing(
-    checkpoint: Path, forget, retain, documents, tmp_path: Path
+    checkpoint: Path, forget, retain, documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def run(decoder: Decoder):
         decoder.check_sum(2, forget[0])
@@ -1103,11 +1109,15 @@ def test_weights_that_are_kept_are_read_once_and_change_nothing(
         upper = submission.Upper(decoder, SOLVED.trained)
         return [*matrices.values(), *upper.all_log_odds(upper.whole(documents))]
 
-    expected = run(Decoder(checkpoint, torch.float32))
+    size = 4 * sum(value.numel() for value in Decoder(checkpoint).skeleton.state_dict().values())
+    monkeypatch.setattr(submission, "CACHE_BYTES", (size - 1) / submission.PART)  # no room
+    decoder = Decoder(checkpoint, torch.float32)
+    expected = run(decoder)
+    assert not decoder.kept
+    monkeypatch.setattr(submission, "CACHE_BYTES", size / submission.PART)
     folder = tmp_path / "moved"
     shutil.copytree(checkpoint, folder)
     decoder = Decoder(folder, torch.float32)
-    decoder.keeps = True
     first = run(decoder)
     shutil.rmtree(folder)
     for found in (first, run(decoder)):
