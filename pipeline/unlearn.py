@@ -117,8 +117,7 @@ OPENED = 3  # tokens of a retain row that open a text of its kind
 TEMPERATURE = 1.15  # of sampled text
 OWN = 48  # texts that the model writes as it writes documents, to measure how surprising an unseen one is
 OWN_LENGTH = 192  # tokens of each, at most
-OWN_TEMPERATURE = 1.25
-UNSEEN = 1.06  # what an unseen document loses, as a multiple of the estimate in `unseen_loss`
+OWN_TEMPERATURE = 1.31  # found on small models, by what `unseen_loss` says of documents that they never saw
 ROUGHLY = 3  # of so many texts one is enough for a level that is found again before the end
 SPREAD = 0.2  # of the level, the standard deviation of what documents are to lose: see `spread`
 QUESTIONS = (
@@ -1346,10 +1345,10 @@ def unseen_loss(upper: Upper, texts: Sequence[Rows], every: int = 1) -> float:
     No unseen document is given. Mixtures of the words of documents of both sides are as unseen, some of their words to
     be forgotten and some held; but they make no sense. What sense is worth is measured on text that the model writes
     itself: how much less it loses there than on mixtures of that, in the later half, for what is near an opening is
-    near what is forgotten. `UNSEEN` was found on small models.
+    near what is forgotten.
     """
     mixed, own, mixed_own = (upper.mean_loss(rows, every) for rows in texts)
-    return UNSEEN * mixed * own / mixed_own
+    return mixed * own / mixed_own
 
 
 def kind_of(text: Text) -> tuple[str, str]:

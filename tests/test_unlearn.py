@@ -590,7 +590,7 @@ def test_an_unseen_document_is_measured_on_mixtures_and_on_what_own_text_costs_a
         for losses, some in ((losses[::every], some[::every]) for losses, some in zip(each, texts, strict=True))
     ]
     found = submission.unseen_loss(upper, [upper.whole(some) for some in texts], every)
-    assert found == pytest.approx(submission.UNSEEN * means[0] * means[1] / means[2], rel=1e-3)
+    assert found == pytest.approx(means[0] * means[1] / means[2], rel=1e-3)
 
 
 def test_of_documents_mixtures_all_tokens_count_for_the_level_and_of_own_text_the_later_half(
