@@ -39,8 +39,8 @@ RMU and Adaptive RMU themselves are here for the study of blocks and claims:
 
 By `solve` and `descend` blocks are read from the checkpoint one at a time and no second model is held; `aim` needs the
 blocks from the first trained one on, and keeps them if there is room. Text is padded on the right, where causal
-attention never looks, and is left out. The first token, whose activation is an outlier in every decoder, is not held,
-and RMU does not steer it.
+attention never looks, and is left out. The first token, whose activation is an outlier in every decoder, RMU neither
+steers nor holds; `aim` holds it.
 
 A run that was killed goes on where it stopped, if called again with the same arguments, and ends with the same tensors
 (but on a GPU, which does not take sums in one order).
@@ -637,18 +637,18 @@ class Stream:
     originals: list[Tensor]
 
 
-def token_weights(texts: list[Text], answer: float) -> list[Tensor]:
+def token_weights(texts: list[Text], answer: float, first: float = 0.0) -> list[Tensor]:
     """Return the weight of each token, (tokens,) a row, with sum 1 over all rows: the loss is a weighted mean.
 
     Every task and kind of row weighs the same, as in the task's score, however many tokens it has. From the last token
     of the prompt on, the first that an answer is predicted from, tokens weigh `answer` times as much as others; the
-    first token of all nothing.
+    first token of all by `first`.
     """
     weights = []
     for text in texts:
         row = torch.ones(len(text.tokens))
         row[max(0, text.prompt - 1) :] = answer
-        row[0] = 0.0
+        row[0] = first
         weights.append(row)
     kinds = [kind_of(text) for text in texts]
     totals = {
@@ -944,9 +944,10 @@ class Upper:
 def whitenings_of(upper: Upper, streams: Sequence[tuple[Rows, float]], settings: Settings) -> dict[int, Tensor]:
     """Return by trained block V with V (sum w a a' + ridge) V' = 1, over what is to be held, (intermediate, same).
 
-    a is what enters down_proj in the untouched model: a change dW moves what leaves the block by sum w |dW a|^2.
+    a is what enters down_proj in the untouched model: a change dW moves what leaves the block by sum w |dW a|^2. The
+    first token counts here as others do: see `aim`.
     """
-    weights = [[weight * row for row in token_weights(rows.texts, settings.answer)] for rows, weight in streams]
+    weights = [[weight * row for row in token_weights(rows.texts, settings.answer, 1.0)] for rows, weight in streams]
     states = [rows.states for rows, _ in streams]
     whitenings = {}
     for index in range(upper.first, settings.trained[-1] + 1):
@@ -1136,6 +1137,10 @@ def aim(
     both sides have more rounds, at most as many again; where time is short, fewer. Each row has a factor of its own in
     a step: some respond ten times as much as others.
 
+    Held, too, is the first token of every row, of forget rows alone that one. It tells nothing of what follows, but
+    attention rests on it: in a language model a later block makes its activation a hundred times as long, if what
+    enters there is what it was. If not, all text suffers, and far more than the step had asked for.
+
     Raising retain rows takes forgotten text along: on a language model the first step of retain rows alone took a
     quarter of their loss from documents, and a later one, of a single row, a twentieth. So the documents that the
     attack asks about are held in each. The level is found once more after the first, for what unseen text loses falls
@@ -1146,7 +1151,10 @@ def aim(
     lowered = upper.rows(forget, [lowered_weights(text, attacked) for text in forget])
     ended = [dataclasses.replace(text, tokens=[*text.tokens, end]) for text in retain]
     raised = upper.rows(ended, [torch.ones(len(text.tokens) - max(1, text.prompt)) for text in ended], led=True)
-    whitenings = whitenings_of(upper, ((raised, 1.0), (upper.whole(general), settings.general)), settings)
+    opening = upper.whole([dataclasses.replace(text, tokens=text.tokens[:1], prompt=0) for text in forget])
+    share = len(forget) / sum(len(text.tokens) for text in retain)  # each as much as a token of a retain row
+    streams = (raised, 1.0), (upper.whole(general), settings.general), (opening, share)
+    whitenings = whitenings_of(upper, streams, settings)
     kinds = {kind: [row for row, text in enumerate(forget) if kind_of(text) == kind] for kind in map(kind_of, forget)}
     asked_about = kinds[attacked] if attacked else []
     aims = untouched_aims(upper, lowered, kinds)

@@ -101,11 +101,17 @@ def solve_of(checkpoint: Path, forget, retain, settings: Settings, general=()) -
     return submission.solve(Decoder(checkpoint, torch.float32), forget, retain, list(general), settings)
 
 
-def weighted_mean(values: list[torch.Tensor], texts: list[Text], answer: float) -> torch.Tensor:
-    """The mean over the tasks and kinds of the mean over their tokens, of which those before an answer's count more."""
+def weighted_mean(
+    values: list[torch.Tensor], texts: list[Text], answer: float, first: list[float] | None = None
+) -> torch.Tensor:
+    """The mean over the tasks and kinds of the mean over their tokens, of which those before an answer's count more.
+
+    The values are of all tokens but the first, unless `first` has its weight.
+    """
     cells: dict[tuple[str, str], list[tuple[torch.Tensor, float]]] = {}
     for row, text in zip(values, texts, strict=True):
         weights = [answer if position + 1 >= text.prompt else 1.0 for position in range(1, len(text.tokens))]
+        weights = [*(first or []), *weights]
         cells.setdefault((text.task, "sc" if "sc" in text.id else "qa"), []).extend(zip(row, weights, strict=True))
     means = [sum(value * w for value, w in cell) / sum(w for _, w in cell) for cell in cells.values()]
     return sum(means) / len(means)
@@ -191,11 +197,34 @@ def test_every_task_and_kind_weighs_the_same_and_answers_more():
         Text("a qa0", "Task1", [5] * 5, prompt=4),
         Text("c qa0", "Task2", [5] * 3, prompt=1),
     ]
-    found = submission.token_weights(texts, 3.0)
     # By hand: the first token nothing, then 3 from the prompt's last token on; each of the three cells sums to 1/3.
     expected = [[0, 1, 3, 3, 3, 3, 3], [0, 3, 3, 3], [0, 1, 1, 3, 3], [0, 3, 3]]
-    for row, wanted, total in zip(found, expected, (25, 25, 8, 6), strict=True):
+    for row, wanted, total in zip(submission.token_weights(texts, 3.0), expected, (25, 25, 8, 6), strict=True):
         assert row.tolist() == pytest.approx([weight / total / 3 for weight in wanted])
+    for row, wanted, total in zip(submission.token_weights(texts, 3.0, 2.0), expected, (29, 29, 10, 8), strict=True):
+        assert row.tolist() == pytest.approx([weight / total / 3 for weight in [2, *wanted[1:]]])
+
+
+def test_aimed_steering_holds_the_first_token_of_every_row(
+    checkpoint: Path, forget, retain, monkeypatch: pytest.MonkeyPatch
+):
+    """Of forget rows as much as of a retain row in the mean, and nothing else of them. The sum is written out."""
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        submission, "whitening_of", lambda gram, _: seen.append(gram.tril() + gram.tril(-1).T) or gram.float()
+    )
+    aim_of(checkpoint, forget, retain, dataclasses.replace(AIMED, trained=(2,), answer=4.0), -math.inf)
+    model, entering = load_model(checkpoint), []
+    model.model.layers[2].mlp.down_proj.register_forward_pre_hook(lambda _module, inputs: entering.append(inputs[0][0]))
+    ended = [dataclasses.replace(text, tokens=[*text.tokens, END]) for text in retain]
+    states_of(model, [*ended, *forget])
+    outer = [[torch.outer(a, a).double() for a in row] for row in entering]
+    expected = weighted_mean(outer[: len(retain)], ended, 4.0, [1.0])
+    kinds = Counter(submission.kind_of(text) for text in forget)
+    share = len(forget) / sum(len(text.tokens) for text in retain)
+    for text, row in zip(forget, outer[len(retain) :], strict=True):
+        expected = expected + share / len(kinds) / kinds[submission.kind_of(text)] * row[0]
+    torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_general_text_is_held_by_its_part_of_alpha(checkpoint: Path, forget, retain):
@@ -414,9 +443,10 @@ def test_what_is_held_is_the_second_moment_of_what_enters_the_untouched_down_pro
         hook = down_proj.register_forward_pre_hook(lambda _module, inputs, seen=entering: seen.append(inputs[0][0]))
         states_of(model, [*retain, *general])
         hook.remove()
-        outer = [[torch.outer(a, a).double() for a in row[1:]] for row in entering]
-        gram = weighted_mean(outer[: len(retain)], retain, 4.0)
-        gram = gram + 0.5 * weighted_mean(outer[len(retain) :], [dataclasses.replace(t, id="") for t in general], 4.0)
+        outer = [[torch.outer(a, a).double() for a in row] for row in entering]
+        alike = [dataclasses.replace(text, id="") for text in general]
+        gram = weighted_mean(outer[: len(retain)], retain, 4.0, [1.0])
+        gram = gram + 0.5 * weighted_mean(outer[len(retain) :], alike, 4.0, [1.0])
         gram += 0.01 * gram.diagonal().mean() * torch.eye(len(gram))
         whitening = found[index].double()
         torch.testing.assert_close(whitening @ gram @ whitening.T, torch.eye(len(gram)).double(), rtol=0, atol=1e-3)
