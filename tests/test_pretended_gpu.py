@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface
 
 from pipeline import unlearn as submission
 from pipeline.claims import CLAIMS
@@ -86,12 +87,14 @@ def test_unlearning_on_a_gpu_changes_the_matrices_as_on_a_cpu_in_bfloat16(
     """In the norm of the change; rounds of aimed steering make more of the last bits than one solution does."""
     settings = SETTINGS[method]
     monkeypatch.setattr(submission, "fast_dtype", lambda: torch.bfloat16)
-    monkeypatch.setattr(submission, "PLAIN", 0)  # attention is torch's own on both
+    # Attention is torch's own on both: of plain products in bfloat16 sampled text would tell the last bits.
+    monkeypatch.setitem(AttentionInterface._global_mapping, "causal", submission.FUSED)
     with sdpa_kernel(SDPBackend.MATH):
         unlearn(memorised, tmp_path / "cpu", data / "forget", data / "retain", settings)
     folders = [str(folder) for folder in (memorised, tmp_path / "gpu", data / "forget", data / "retain")]
     done = tried(
-        "from pathlib import Path\nfrom pipeline.unlearn import Settings, unlearn\n"
+        "from pathlib import Path\nfrom pipeline.unlearn import FUSED, AttentionInterface, Settings, unlearn\n"
+        "AttentionInterface.register('causal', FUSED)\n"
         f"unlearn(*map(Path, {folders}), {settings})"
     )
     check(done)
