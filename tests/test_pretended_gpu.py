@@ -108,6 +108,20 @@ def test_unlearning_on_a_gpu_changes_the_matrices_as_on_a_cpu_in_bfloat16(
         assert (gpu[name] - cpu[name]).norm() <= closeness * (cpu[name] - tensor).norm()
 
 
+@pytest.mark.parametrize(("new", "positions"), [(1, 9), (9, 9)])
+def test_attention_on_a_gpu_is_that_of_the_cpu(new: int, positions: int):
+    code = (
+        "from types import SimpleNamespace\nfrom pipeline.unlearn import causal_attention\n"
+        f"parts = [torch.randn(2, heads, at, 8) for heads, at in ((4, {new}), (2, {positions}), (2, {positions}))]\n"
+        "module = SimpleNamespace(is_causal=True, num_key_value_groups=2)\n"
+        "here, there = (causal_attention(module, *(part.to(name) for part in parts), None, scaling=0.3)[0]"
+        " for name in ('cpu', 'cuda'))\n"
+        "assert there.is_cuda\ntorch.testing.assert_close(there.cpu(), here)"
+    )
+    done = tried(code)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture
 def words(memorised: Path, data: Path, tmp_path: Path) -> dict[str, list[str]]:
     """By stage its command line, but for the output."""
