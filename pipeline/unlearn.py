@@ -100,7 +100,8 @@ PART = 0.25  # of memory: weights that fit in there are read once; so much of a 
 SAVING = 0.02  # the part of the time that may go into saving what a killed run goes on from
 ATTACKED = ("Task3", "sc")  # the documents that the judge's membership attack asks about
 COPIES = 4  # mixtures that each piece of a document is in
-MOST = 4.0  # nats that forget tokens are to lose in the mean, at most: said once in 55 times
+GUESS = 0.55  # of what a guess among all tokens loses: so much are forget tokens to lose in the mean
+MOST = 5.0  # nats that they are to lose at most: said once in 150 times
 LEAST = 0.02  # nats that a token is to lose
 PIECE = 4  # words of a document that stay together in the mixtures that say which of them any document may have
 TOLD = 128  # tokens whose logits are held at once
@@ -115,7 +116,8 @@ NOVEL = 3  # words: so many in a row of a row that was memorised are not written
 GENERAL_LENGTH = 128  # tokens of each text that stands for all else that the model knows
 OPENED = 3  # tokens of a retain row that open a text of its kind
 TEMPERATURE = 1.15  # of sampled text
-OWN = 48  # texts that the model writes as it writes documents, to measure how surprising an unseen one is
+OWN = 96  # texts that the model writes as it writes documents, to measure how surprising an unseen one is
+SMALL = 30e6  # weights: a larger model on a CPU, where they take long, writes half as many
 OWN_LENGTH = 192  # tokens of each, at most
 OWN_TEMPERATURE = 1.31  # found on small models, by what `unseen_loss` says of documents that they never saw
 ROUGHLY = 3  # of so many texts one is enough for a level that is found again before the end
@@ -152,7 +154,7 @@ class Settings:
     general: float = 1.5  # weight of general text, sampled from the model, against 1 for the retain rows
     general_ratio: float = 2.5  # tokens of general text for each retain token
     ridge: float = 1e-5  # added to the normal equations, as a part of their mean diagonal
-    rounds: int = 5  # of aimed steering, the last of retain rows alone; up to three times as many if these need them
+    rounds: int = 4  # of aimed steering, the last of retain rows alone; up to three times as many if these need them
     # descent
     learning_rate: float = 5e-5
     batch_size: int = 8  # rows of each side
@@ -1124,12 +1126,13 @@ def aim(
 
     After each, unless the caller takes so long that it would get more than `SAVING` of the time.
 
-    Each token of a forget row is to lose so much, in nats: half of what a guess among all tokens loses, at most `MOST`,
-    for more would only cost other text. Of documents only in the mean: their tokens are to lose more or less, by what
-    the untouched model loses on them in `mixtures`, where the words before do not tell them, so that phrases which any
-    document may have stay. And documents that the attack asks about are to lose, about (`spread`), what an unseen one
-    would (`unseen_loss`, found in the third round and after the first step of retain rows alone; before, they aim as
-    other documents do). A row that loses as much in the mean is left alone, a document that loses more is pulled back.
+    Each token of a forget row is to lose so much, in nats: a part, `GUESS`, of what a guess among all tokens loses, at
+    most `MOST`, for more would only cost other text. Of documents only in the mean: their tokens are to lose more or
+    less, by what the untouched model loses on them in `mixtures`, where the words before do not tell them, so that
+    phrases which any document may have stay. And documents that the attack asks about are to lose, about (`spread`),
+    what an unseen one would (`unseen_loss`, found in the third round and after the first step of retain rows alone;
+    before, they aim as other documents do). A row that loses as much in the mean is left alone, a document that loses
+    more is pulled back.
 
     Tokens of retain answers, and what ends them, that do not lead by `LEAD` any more are raised in the same step; in
     the last round they alone, and while any leads by less than `NARROW`, its row again: such rows by themselves, up to
@@ -1144,7 +1147,7 @@ def aim(
     Raising retain rows takes forgotten text along: on a language model the first step of retain rows alone took a
     quarter of their loss from documents, and a later one, of a single row, a twentieth. So the documents that the
     attack asks about are held in each. The level is found once more after the first, for what unseen text loses falls
-    as both are repaired.
+    as both are repaired. A document that a step has thrown far from its goal is brought back by as many as that takes.
     """
     upper = Upper(decoder, settings.trained)
     attacked = attacked_kind(forget)
@@ -1161,6 +1164,7 @@ def aim(
     known = [lead > 0 for lead in upper.all_log_odds(raised)]  # also where the likeliest has p < .5
     documents = [text for text in forget + retain if kind_of(text) == attacked]
     mixed, mixed_own = (joined(texts, mixtures(texts, 1, 1)) for texts in (documents, own))
+    mixed_own = mixed_own[::ROUGHLY]  # they differ less than own texts do: as good as all
     unseen = [upper.whole(mixed), *(upper.later(texts) for texts in (own, mixed_own))]
     estimated = bool(mixed and mixed_own)  # of one document there is no mixture
 
@@ -1175,7 +1179,12 @@ def aim(
     def lowers(row: int, odds: Tensor) -> Tensor:
         return lowering(odds, goals[row], lowered.weights[row], is_document(forget[row]))
 
+    far = set[int]()  # documents that one step alone does not bring to their goals
+
     def holds(row: int, odds: Tensor) -> Tensor:
+        weighted = goals[row] * lowered.weights[row]
+        off = (softplus(-odds) * lowered.weights[row]).sum() / weighted.sum() - 1
+        (far.add if abs(off) > REACH else far.discard)(row)
         return holding(odds, goals[row], lowered.weights[row])
 
     def documents_held() -> dict[int, Pull]:
@@ -1213,6 +1222,7 @@ def aim(
         if level:
             aim_at(level)
         up, down = {}, {}
+        far.clear()
         if not first:  # no retain token has moved yet
             up = pulls_of(upper, raised, raises, likely[1], range(len(retain)))
             hurried = begun + 2 * longest > deadline  # what moved is to be raised, if nothing else
@@ -1235,17 +1245,19 @@ def aim(
             least = NARROW
             finding = level > 0 and not (found or hurried)
             for _ in range(settings.rounds):
-                if not (asking or finding) or time.monotonic() + longest > deadline:
+                if not (asking or finding or far) or time.monotonic() + longest > deadline:
                     break
                 if finding:
                     level = unseen_loss(upper, unseen)
                     aim_at(level)
                 up = pulls_of(upper, raised, raises, set(), asking)
-                down = documents_held() if level and (up or finding) else {}
-                if up or down:
-                    step(upper, [*down.values(), *up.values()], whitenings)
+                down = documents_held() if level and (up or finding or far) else {}
+                pulls = [*down.values(), *up.values()]
+                if not pulls or not (up or finding or far):  # they have come near
+                    break
+                step(upper, pulls, whitenings)
                 finding, asking = False, sorted(up)
-                up, down = {}, {}
+                pulls, up, down = [], {}, {}
         if not all(matrix.isfinite().all() for matrix in upper.matrices.values()):
             raise BadInput(f"the changes are not finite: the ridge {settings.ridge} is out of range")
         if progress:
@@ -1266,11 +1278,11 @@ def aim(
 
 
 def untouched_aims(upper: Upper, rows: Rows, kinds: dict[tuple[str, str], list[int]]) -> list[Tensor]:
-    """Return what each token that counts is to lose, (counted,) a row: in the mean of a kind half of a guess or `MOST`.
+    """Return what each token that counts is to lose, (counted,) a row: in the mean of a kind what `GUESS` says.
 
     Tokens of an answer all alike; of a document by what they lose in mixtures of documents of its kind.
     """
-    mean = min(MOST, math.log(upper.decoder.config.vocab_size) / 2)
+    mean = min(MOST, GUESS * math.log(upper.decoder.config.vocab_size))
     aims = [torch.full((len(weights),), mean) for weights in rows.weights]
     for own in kinds.values():
         texts = [rows.texts[row] for row in own]
@@ -1428,6 +1440,8 @@ def sample_texts(
     """Return general text and, for aimed steering, own text, both written by the model itself; no other data enters."""
     general = general_wishes(tokenizer, forget, retain, settings)
     own = own_wishes(tokenizer, forget, retain) if settings.method == "aim" else []
+    if own and device().type == "cpu" and sum(weight.numel() for weight in model().parameters()) > SMALL:
+        own = own[::2]
     written = sample(model, [*own, *general], settings.seed, tokenizer.eos_token_id)
     texts = [in_words(tokenizer, Text(f"own {n}", "own", tokens)) for n, tokens in enumerate(written[: len(own)])]
     return (
