@@ -154,7 +154,7 @@ class Settings:
     general: float = 1.5  # weight of general text, sampled from the model, against 1 for the retain rows
     general_ratio: float = 2.5  # tokens of general text for each retain token
     ridge: float = 1e-5  # added to the normal equations, as a part of their mean diagonal
-    rounds: int = 4  # of aimed steering, the last of retain rows alone; up to three times as many if these need them
+    rounds: int = 5  # of aimed steering, the last of retain rows alone; up to three times as many if these need them
     # descent
     learning_rate: float = 5e-5
     batch_size: int = 8  # rows of each side
