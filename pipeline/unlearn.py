@@ -1278,7 +1278,7 @@ def aim(
 
 
 def untouched_aims(upper: Upper, rows: Rows, kinds: dict[tuple[str, str], list[int]]) -> list[Tensor]:
-    """Return what each token that counts is to lose, (counted,) a row: in the mean of a kind what `GUESS` says.
+    """Return what each token that counts is to lose, (counted,) a row: in the mean of a kind as `aim` says.
 
     Tokens of an answer all alike; of a document by what they lose in mixtures of documents of its kind.
     """
