@@ -1182,9 +1182,8 @@ def aim(
     far = set[int]()  # documents that one step alone does not bring to their goals
 
     def holds(row: int, odds: Tensor) -> Tensor:
-        weighted = goals[row] * lowered.weights[row]
-        off = (softplus(-odds) * lowered.weights[row]).sum() / weighted.sum() - 1
-        (far.add if abs(off) > REACH else far.discard)(row)
+        above, most = excess(odds, goals[row], lowered.weights[row])
+        (far.add if abs(above) > most else far.discard)(row)
         return holding(odds, goals[row], lowered.weights[row])
 
     def documents_held() -> dict[int, Pull]:
@@ -1332,9 +1331,13 @@ def holding(odds: Tensor, goal: Tensor, weights: Tensor) -> Tensor:
     By at most `REACH` of the goal: to first order more would not be what it says.
     """
     slopes = torch.sigmoid(-odds)  # by so much the loss falls where log odds rise
-    most = REACH * (goal * weights).sum().item()
-    above = ((softplus(-odds) - goal) * weights).sum().clamp(-most, most)
-    return slopes * above / (slopes * slopes * weights).sum()
+    above, most = excess(odds, goal, weights)
+    return slopes * above.clamp(-most, most) / (slopes * slopes * weights).sum()
+
+
+def excess(odds: Tensor, goal: Tensor, weights: Tensor) -> tuple[Tensor, float]:
+    """Return by how much a row's weighted loss is above its goal, a scalar, and by how much one step changes it."""
+    return ((softplus(-odds) - goal) * weights).sum(), REACH * (goal * weights).sum().item()
 
 
 def raising(leads: Tensor, known: Tensor, least: float = LEAD) -> Tensor:
