@@ -110,7 +110,7 @@ GRADIENT_TOKENS = 2048  # of a batch whose logits or gradients are taken
 PLAIN = 512  # tokens: up to there a CPU takes longer for torch's fused attention in bfloat16 than for plain products
 FORMED_BYTES = 1 << 30  # of gradients in a matrix, of all rows, that are formed together
 DAMPING = 0.01  # of the equations between rows, as a part of their diagonal
-ALIKE = 0.8  # the shortest row of a batch over the longest: padding is work
+PADDING = 128  # tokens of a batch at most that are none: they are work, but so is another batch, more on small models
 STRIP = 256  # columns of a symmetric sum that are computed together
 NOVEL = 3  # words: so many in a row of a row that was memorised are not written again; see `continuations`
 GENERAL_LENGTH = 128  # tokens of each text that stands for all else that the model knows
@@ -407,6 +407,8 @@ def causal_attention(
     if new > 1 and not plain:
         own: tuple[Tensor, Tensor | None] = FUSED(module, query, key, value, mask, scaling=scaling, **more)
         return own
+    if new == 1:  # a part of a `Room`: of what lies together the products take a third of the time, the copy included
+        key, value = key.contiguous(), value.contiguous()
     packed = (query * (scaling or width**-0.5)).reshape(rows, sharing, -1, width)
     scores = (packed @ key.mT).view(rows, sharing, -1, new, positions)
     if new > 1:
@@ -557,7 +559,7 @@ class Decoder:
         """Return the block's output for each row of `states`, (tokens, hidden) in and out."""
         lengths = [len(state) for state in states]
         outputs = allocate(lengths, states[0].shape[1], self.dtype, self.device) if states else []
-        for rows in batches(lengths, PASS_TOKENS, ALIKE):
+        for rows in batches(lengths, PASS_TOKENS, PADDING):
             hidden = self.run(block, pad_sequence([states[i] for i in rows], batch_first=True))
             for row, output in zip(rows, unpad(hidden, [lengths[i] for i in rows]), strict=True):
                 outputs[row].copy_(output)
@@ -573,7 +575,7 @@ class Decoder:
         leaving = allocate(lengths, states[0].shape[1], self.dtype, self.device)
         seen: list[Tensor] = []
         hook = block.mlp.down_proj.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
-        for rows in batches(lengths, PASS_TOKENS, ALIKE):
+        for rows in batches(lengths, PASS_TOKENS, PADDING):
             output = self.run(block, pad_sequence([states[i] for i in rows], batch_first=True))
             for place, row in enumerate(rows):
                 entering[row].copy_(seen[-1][place, : lengths[row]])
@@ -602,17 +604,16 @@ def allocate(lengths: Sequence[int], width: int, dtype: torch.dtype, device: tor
     return list(torch.split(buffer.view(-1, width), list(lengths)))
 
 
-def batches(lengths: Sequence[int], limit: int, alike: float = 0.0) -> Iterator[list[int]]:
-    """Yield index lists, longest first, each of at most `limit` padded tokens (or of one row).
-
-    The shortest row of a batch has at least `alike` of the longest one's length.
-    """
+def batches(lengths: Sequence[int], limit: int, padding: float = math.inf) -> Iterator[list[int]]:
+    """Yield index lists, longest first, each of at most `limit` tokens (or of one row), `padding` of them none."""
     batch: list[int] = []
+    padded = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        longest = lengths[batch[0]] if batch else 0
-        if batch and (longest * (len(batch) + 1) > limit or lengths[index] < alike * longest):
+        longest = lengths[batch[0] if batch else index]
+        padded += longest - lengths[index]
+        if batch and (longest * (len(batch) + 1) > limit or padded > padding):
             yield batch
-            batch = []
+            batch, padded = [], 0
         batch.append(index)
     if batch:
         yield batch
@@ -917,14 +918,16 @@ class Upper:
 
         Of so few tokens at once that memory is used again: on a CPU new memory takes longer than what is computed.
         """
-        logits = (normed @ self.head.T).float()
-        mine = logits.gather(1, right[:, None])
+        logits = normed @ self.head.T
+        mine = logits.gather(1, right[:, None]).float()
         logits.scatter_(1, right[:, None], -math.inf)  # the others' sum, not 1 - p, which is lost where p is near 1
-        top = logits.amax(dim=1, keepdim=True)
-        others = logits.sub_(top).exp_()
-        total = others.sum(dim=1, keepdim=True)
-        gradient = self.head[right] - others.div_(total).to(normed.dtype) @ self.head if slopes else normed[:0]
-        return (mine - top if led else mine - top - total.log())[:, 0], gradient
+        top = logits.amax(dim=1, keepdim=True).float()
+        if led and not slopes:
+            return (mine - top)[:, 0], normed[:0]
+        shares = logits.softmax(dim=1)  # summed up in float32, whatever the logits are
+        gradient = self.head[right] - shares @ self.head if slopes else normed[:0]
+        others = top - shares.amax(dim=1, keepdim=True).float().log()
+        return (mine - (top if led else others))[:, 0], gradient
 
     @torch.no_grad()
     def all_log_odds(self, rows: Rows, chosen: Sequence[int] | None = None) -> list[Tensor]:
@@ -932,7 +935,7 @@ class Upper:
         chosen = range(len(rows.texts)) if chosen is None else chosen
         weights = {index: matrix.to(self.decoder.dtype) for index, matrix in self.matrices.items()}
         found: dict[int, Tensor] = {}
-        for places in batches([len(rows.texts[row].tokens) for row in chosen], GRADIENT_TOKENS, ALIKE):
+        for places in batches([len(rows.texts[row].tokens) for row in chosen], GRADIENT_TOKENS, PADDING):
             odds = self.log_odds(rows, [chosen[place] for place in places], weights)
             found |= zip(places, (row.cpu() for row in odds), strict=True)
         return [found[place] for place in range(len(chosen))]
@@ -1021,7 +1024,7 @@ def pulls_of(
     chosen = sorted(likely | asking)
     weights = {index: matrix.to(upper.decoder.dtype) for index, matrix in upper.matrices.items()}
     pulls = {}
-    for places in batches([len(rows.texts[row].tokens) for row in chosen], GRADIENT_TOKENS, ALIKE):
+    for places in batches([len(rows.texts[row].tokens) for row in chosen], GRADIENT_TOKENS, PADDING):
         batch = [chosen[place] for place in places]
         passed = Passed()
         found = zip(batch, upper.log_odds(rows, batch, weights, passed), strict=True)
@@ -1824,7 +1827,7 @@ def forward(
     first = masters[min(masters)]
     states = list(torch.split((around + entering @ first.to(entering.dtype).T).to(entering.dtype), lengths))
     outputs = list(states)
-    for group in batches(lengths, 4096, ALIKE):
+    for group in batches(lengths, 4096, PADDING):
         hidden = pad_sequence([states[i] for i in group], batch_first=True)
         for index, block in blocks.items():
             hidden = decoder.run(block, hidden, masters.get(index))

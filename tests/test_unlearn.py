@@ -372,6 +372,29 @@ def test_a_token_leads_its_likeliest_rival_where_greedy_text_says_it(checkpoint:
         torch.testing.assert_close(row.double(), leads(model, text, len(row)), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("led", [False, True])
+@pytest.mark.parametrize(("dtype", "near"), [(torch.bfloat16, 0.005), (torch.float32, 1e-5)])
+def test_log_odds_of_logits_in_few_bits_are_those_of_the_formula(
+    checkpoint: Path, dtype: torch.dtype, near: float, led: bool
+):
+    """Of the same logits, in float64: what they are rounded to is given, what comes of them is not rounded away."""
+    upper = submission.Upper(Decoder(checkpoint, dtype), (1,))
+    generator = torch.Generator().manual_seed(0)
+    upper.head = torch.randn(upper.head.shape, generator=generator).to(dtype)
+    normed = torch.randn(8, upper.head.shape[1], generator=generator).to(dtype)
+    logits = (normed @ upper.head.T).double()
+    right = torch.cat([logits[:4].argmax(dim=1), logits[4:].argmin(dim=1)])  # nearly certain ones, and unlikely ones
+    mine = logits.gather(1, right[:, None])[:, 0]
+    others = logits.scatter(1, right[:, None], -math.inf)
+    expected = mine - (others.amax(dim=1) if led else others.logsumexp(dim=1))
+    slope = upper.head[right].double() - others.softmax(dim=1) @ upper.head.double()
+    for slopes in (False, True):
+        found, gradient = upper.told(normed, right, slopes, led)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), expected, rtol=0.0, atol=near)
+    torch.testing.assert_close(gradient.double(), slope, rtol=0.0, atol=0.03 if dtype == torch.bfloat16 else 1e-5)
+
+
 @pytest.mark.parametrize("again", [False, True])  # whether blocks run again on the way back
 @pytest.mark.parametrize("limit", [30, 2048])
 @pytest.mark.parametrize("likely", [set(), {0, 1}, {0, 1, 2, 3, 4}])  # ready for gradients at once
@@ -1369,7 +1392,8 @@ def test_steering_directions_are_unit_vectors_one_a_task():
 
 def test_a_batch_holds_rows_of_similar_length():
     lengths = [100, 30, 90, 81, 79, 29, 5]
-    assert list(submission.batches(lengths, 1000, alike=0.8)) == [[0, 2, 3], [4], [1, 5], [6]]
+    assert list(submission.batches(lengths, 1000, padding=30)) == [[0, 2, 3], [4], [1, 5, 6]]
+    assert list(submission.batches(lengths, 1000, padding=25)) == [[0, 2], [3, 4], [1, 5], [6]]
     assert list(submission.batches(lengths, 200)) == [[0, 2], [3, 4], [1, 5, 6]]
 
 
