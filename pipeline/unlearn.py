@@ -179,7 +179,7 @@ def settings_for(depth: int, method: str = "aim") -> Settings:
     blocks = tuple(range(first, min(depth, first + TRAINED)))
     if method == "solve":
         return Settings("solve", blocks, alpha=1.0 if depth <= TRAINED else 20.0)
-    return Settings("aim", blocks)
+    return Settings("aim", blocks, general_ratio=2.0)
 
 
 def unlearn(
