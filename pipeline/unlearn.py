@@ -110,7 +110,7 @@ GRADIENT_TOKENS = 2048  # of a batch whose logits or gradients are taken
 PLAIN = 512  # tokens: up to there a CPU takes longer for torch's fused attention in bfloat16 than for plain products
 FORMED_BYTES = 1 << 30  # of gradients in a matrix, of all rows, that are formed together
 DAMPING = 0.01  # of the equations between rows, as a part of their diagonal
-PADDING = 128  # tokens of a batch at most that are none: they are work, but so is another batch, more on small models
+PADDING = 128  # tokens at most that a batch is padded by: they are work, but so is another batch
 STRIP = 256  # columns of a symmetric sum that are computed together
 NOVEL = 3  # words: so many in a row of a row that was memorised are not written again; see `continuations`
 GENERAL_LENGTH = 128  # tokens of each text that stands for all else that the model knows
@@ -605,7 +605,7 @@ def allocate(lengths: Sequence[int], width: int, dtype: torch.dtype, device: tor
 
 
 def batches(lengths: Sequence[int], limit: int, padding: float = math.inf) -> Iterator[list[int]]:
-    """Yield index lists, longest first, each of at most `limit` tokens (or of one row), `padding` of them none."""
+    """Yield index lists, longest first, each of at most `limit` padded tokens (or one row), `padding` at most added."""
     batch: list[int] = []
     padded = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
