@@ -174,19 +174,18 @@ def test_the_runs_of_a_sweep_share_one_job_and_leave_no_checkpoint(tmp_path: Pat
 
 
 def test_the_runs_of_a_sweep_are_what_the_claims_call_a_window(made: Path):
-    """One window, all tokens alike, with nothing of the submission's recipe, which its other settings start from."""
+    """One window, all tokens alike; what a run does not name comes from the settings of the method it names."""
     done = snakemake(made, "-n", "results/tiny/layers.json")
     commands = re.findall(r"python -m pipeline\.unlearn (.+) --inputs", done.stdout)
     sweep = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())["targets"]["tiny"]["sweep"]
     decoder = SimpleNamespace(depth=sweep["blocks"])
     study = SimpleNamespace(decoder=decoder, alpha=sweep["alpha"])
-    recipe = unlearn.settings_for(sweep["blocks"])
     runs = set()
     for command in commands:
         (method, block, seed), flags = re.search(r"layers/(\w+)\.(\d+)\.(\d+)/", command).groups(), flags_of(command)
         beta, coefficient = (sweep["coefficient"], "fixed") if method == "rmu" else (sweep["beta"], "adaptive")
         window = claims.window(study, int(block), int(seed), coefficient, beta)
-        assert dataclasses.replace(recipe, **flags) == window
+        assert dataclasses.replace(unlearn.settings_for(sweep["blocks"], flags["method"]), **flags) == window
         runs.add((method, block, seed))
     assert len(runs) == len(commands) == 2 * (sweep["blocks"] - 2) * 5
 
