@@ -76,7 +76,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import pandas
 import torch
 import transformers
 from safetensors import safe_open
@@ -277,24 +276,58 @@ def read_texts(folder: Path, side: str, tokenizer: Any) -> list[Text]:
     if not path.is_file():
         raise BadInput(f"{folder}: neither {parquet.name} nor {jsonl.name}")
     try:
-        table = pandas.read_parquet(path) if path == parquet else pandas.read_json(path, lines=True, dtype=False)
-        if len(table) == 1 and "id" in table and isinstance(table["id"][0], dict | list):
-            table = pandas.DataFrame(table.iloc[0].to_dict())  # some public copies hold one line of columns
-        rows = table.to_dict("records")
-    except (ValueError, OSError, ImportError) as error:  # the last where pandas has no reader of parquet
+        rows = _read_parquet(path) if path == parquet else _read_lines(path)
+        if len(rows) == 1 and isinstance(rows[0].get("id"), dict | list):  # some public copies are one line of columns
+            rows = _in_rows(rows[0])
+    except (ValueError, OSError, ImportError) as error:  # the last where nothing reads parquet
         raise BadInput(f"{path}: cannot be read: {_first_line(error)}") from None
-    for column in COLUMNS:
-        if column not in table:
-            raise BadInput(f"{path}: no column {column!r}")
-    if table.empty:
+    if not rows:
         raise BadInput(f"{path}: no rows")
+    for column in COLUMNS:
+        if not any(column in row for row in rows):
+            raise BadInput(f"{path}: no column {column!r}")
     return [_read_text(row, f"{path}: row {number}", tokenizer) for number, row in enumerate(rows, start=1)]
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    import pyarrow.parquet  # only here, and not its `read_table`: that loads pandas, which takes half a second
+
+    rows: list[dict[str, Any]] = pyarrow.parquet.ParquetFile(path).read().to_pylist()
+    return rows
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is not an object")
+            rows.append(row)
+    return rows
+
+
+def _in_rows(columns: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of columns, each a list or, by row, an object."""
+    names = [name for name in COLUMNS if name in columns]
+    places = columns["id"] if isinstance(columns["id"], dict) else range(len(columns["id"]))
+    try:
+        if all(len(columns[name]) == len(places) for name in names):
+            return [{name: columns[name][place] for name in names} for place in places]
+    except (LookupError, TypeError):
+        pass
+    raise ValueError("a column has other rows than id")
 
 
 def _read_text(row: dict[Any, Any], place: str, tokenizer: Any) -> Text:
     for column in COLUMNS:
-        if not isinstance(row[column], str) or not row[column].strip():
-            raise BadInput(f"{place}: {column} is {row[column]!r}, expected text")
+        if not isinstance(row.get(column), str) or not row[column].strip():
+            raise BadInput(f"{place}: {column} is {row.get(column)!r}, expected text")
     if row["task"] not in TASKS:
         raise BadInput(f"{place}: task is {row['task']!r}, expected one of {', '.join(TASKS)}")
     tokens, words = _encode_words(tokenizer, f"{row['input']} {row['output']}")

@@ -1765,6 +1765,52 @@ def test_column_wise_json_gives_the_same_texts(checkpoint: Path, rows, tmp_path:
     assert read_texts(tmp_path, "forget", load_tokenizer(checkpoint)) == forget
 
 
+def test_columns_as_lists_and_parquet_give_the_same_texts(checkpoint: Path, rows, tmp_path: Path, forget):
+    columns = {name: [row[name] for row in rows["forget"]] for name in submission.COLUMNS}
+    (tmp_path / "forget.jsonl").write_text(json.dumps(columns))
+    assert read_texts(tmp_path, "forget", load_tokenizer(checkpoint)) == forget
+    pandas.DataFrame(rows["forget"]).to_parquet(tmp_path / "forget.parquet")
+    (tmp_path / "forget.jsonl").write_text("not read")
+    assert read_texts(tmp_path, "forget", load_tokenizer(checkpoint)) == forget
+
+
+def test_empty_lines_are_no_rows(checkpoint: Path, rows, tmp_path: Path, forget):
+    (tmp_path / "forget.jsonl").write_text("\n" + "\n\n".join(map(json.dumps, rows["forget"])) + "\n \n")
+    assert read_texts(tmp_path, "forget", load_tokenizer(checkpoint)) == forget
+
+
+UNREADABLE = {
+    "no lines": ("", "no rows"),
+    "half a line": ('{"id": "a"}\n{"id": ', "cannot be read: line 2: "),
+    "no object": ('{"id": "a"}\n\n[1]', "cannot be read: line 3 is not an object"),
+    "columns of other lengths": (
+        '{"id": ["a", "b"], "input": ["c"], "output": ["d", "e"], "task": ["Task1", "Task1"]}',
+        "cannot be read: a column has other rows than id",
+    ),
+    "more rows than ids": (
+        '{"id": ["a"], "input": ["c", "x"], "output": ["d", "e"], "task": ["Task1", "Task1"]}',
+        "cannot be read: a column has other rows than id",
+    ),
+    "columns of other rows": (
+        '{"id": {"0": "a"}, "input": {"1": "c"}, "output": {"0": "d"}, "task": {"0": "Task1"}}',
+        "cannot be read: a column has other rows than id",
+    ),
+    "no UTF-8": ('{"id": "\xe9"}', "cannot be read: .*utf-8"),
+    "a row without a field": (
+        '{"id": "a", "input": "b", "output": "c", "task": "Task1"}\n{"id": "d", "input": "e", "task": "Task1"}',
+        "row 2: output is None, expected text",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_what_is_not_lines_of_rows_is_refused_in_one_line(case: str, checkpoint: Path, tmp_path: Path):
+    text, message = UNREADABLE[case]
+    (tmp_path / "forget.jsonl").write_bytes(text.encode("latin-1"))
+    with pytest.raises(BadInput, match=rf"^[^\n]*forget.jsonl: {message}[^\n]*$"):
+        read_texts(tmp_path, "forget", load_tokenizer(checkpoint))
+
+
 def test_parquet_is_refused_in_one_line_where_nothing_reads_it(tmp_path: Path, rows, monkeypatch: pytest.MonkeyPatch):
     pandas.DataFrame(rows["forget"]).to_parquet(tmp_path / "forget.parquet")
     for name in ("pyarrow", "fastparquet"):
