@@ -118,7 +118,7 @@ TEMPERATURE = 1.15  # of sampled text
 OWN = 96  # texts that the model writes as it writes documents, to measure how surprising an unseen one is
 SMALL = 30e6  # weights: a larger model on a CPU, where they take long, writes half as many
 OWN_LENGTH = 192  # tokens of each, at most
-OWN_TEMPERATURE = 1.31  # found on small models, by what `unseen_loss` says of documents that they never saw
+OWN_TEMPERATURE = 1.33  # found on small models, by what `unseen_loss` says of documents that they never saw
 ROUGHLY = 3  # of so many texts one is enough for a level that is found again before the end
 SPREAD = 0.2  # of the level, the standard deviation of what documents are to lose: see `spread`
 QUESTIONS = (
@@ -1166,7 +1166,7 @@ def aim(
     most `MOST`, for more would only cost other text. Of documents only in the mean: their tokens are to lose more or
     less, by what the untouched model loses on them in `mixtures`, where the words before do not tell them, so that
     phrases which any document may have stay. And documents that the attack asks about are to lose, about (`spread`),
-    what an unseen one would (`unseen_loss`, found in the third round and after the first step of retain rows alone;
+    what an unseen one would (`unseen_loss`, found in the third round and twice where retain rows alone are raised;
     before, they aim as other documents do). A row that loses as much in the mean is left alone, a document that loses
     more is pulled back.
 
@@ -1182,8 +1182,9 @@ def aim(
 
     Raising retain rows takes forgotten text along: on a language model the first step of retain rows alone took a
     quarter of their loss from documents, and a later one, of a single row, a twentieth. So the documents that the
-    attack asks about are held in each. The level is found once more after the first, for what unseen text loses falls
-    as both are repaired. A document that a step has thrown far from its goal is brought back by as many as that takes.
+    attack asks about are held in each. The level is found anew for the first and for the second, for what unseen text
+    loses falls as both are repaired. A document that a step has thrown far from its goal is brought back by as many as
+    that takes.
     """
     upper = Upper(decoder, settings.trained)
     attacked = attacked_kind(forget)
@@ -1204,6 +1205,9 @@ def aim(
     unseen = [upper.whole(mixed), *(upper.later(texts) for texts in (own, mixed_own))]
     estimated = bool(mixed and mixed_own)  # of one document there is no mixture
 
+    saved = progress.load("rounds") if progress else {}
+    done, repairing = (int(saved.pop(name)) if saved else 0 for name in ("done", "repairing"))
+    level = saved.pop("level").item() if saved else 0.0
     goals = list(aims)
     wrong = [0] * len(retain)  # tokens of each row, when they were looked at last
     least = LEAD
@@ -1222,7 +1226,11 @@ def aim(
         (far.add if abs(above) > most else far.discard)(row)
         return holding(odds, goals[row], lowered.weights[row])
 
-    def documents_held() -> dict[int, Pull]:
+    def documents_held(finding: bool) -> dict[int, Pull]:
+        nonlocal level
+        if finding:
+            level = unseen_loss(upper, unseen)
+            aim_at(level)
         pulls = pulls_of(upper, lowered, holds, set(asked_about), asked_about)
         for pull in pulls.values():
             pull.held = True
@@ -1234,9 +1242,6 @@ def aim(
             goals[row] = goal / mean * aims[row]
 
     many, most = FEW * int(torch.cat(known).sum()), 3 * settings.rounds
-    saved = progress.load("rounds") if progress else {}
-    done, repairing = (int(saved.pop(name)) if saved else 0 for name in ("done", "repairing"))
-    level = saved.pop("level").item() if saved else 0.0
     likely = [set(range(len(forget))), set[int]()]  # all ask at first, of retain rows few do
     if saved:
         likely = [set(saved.pop(f"asked {n}").tolist()) for n in (0, 1)]
@@ -1248,7 +1253,7 @@ def aim(
     for number in tqdm(range(done, most), desc="rounds", total=settings.rounds, mininterval=2):
         begun = time.monotonic()
         first, late = number == 0, number + 1 >= settings.rounds
-        found = bool(repairing)  # the round before was of retain rows alone: the level was found once more in that
+        found = bool(repairing)  # the round before was of retain rows alone: the level was found anew in that
         if repairing:  # what is left are rows with a wrong token, few
             least, likely[1] = NARROW, set()
         settled = late or not estimated or number >= 2  # goals are what they stay until documents are held
@@ -1263,10 +1268,11 @@ def aim(
             hurried = begun + 2 * longest > deadline  # what moved is to be raised, if nothing else
             enough = late and (sum(wrong) <= many or number + 1 >= 2 * settings.rounds)
             repairing = repairing or enough or hurried
+        finding = bool(repairing and level) and not (found or hurried)
         if not repairing:
             down = pulls_of(upper, lowered, lowers, likely[0], range(len(forget)))
         elif up and level:
-            down = documents_held()
+            down = documents_held(finding)
         likely = [set(down), set(up)]
         pulls = [*down.values(), *up.values()]
         over = number + 1 == most or ((settled or repairing) and not pulls)
@@ -1278,15 +1284,11 @@ def aim(
         longest = max(longest, looked)
         if repairing:  # those rows are made right before all are looked at again
             least = NARROW
-            finding = level > 0 and not (found or hurried)
             for _ in range(settings.rounds):
                 if not (asking or finding or far) or time.monotonic() + longest > deadline:
                     break
-                if finding:
-                    level = unseen_loss(upper, unseen)
-                    aim_at(level)
                 up = pulls_of(upper, raised, raises, set(), asking)
-                down = documents_held() if level and (up or finding or far) else {}
+                down = documents_held(finding) if level and (up or finding or far) else {}
                 pulls = [*down.values(), *up.values()]
                 if not pulls or not (up or finding or far):  # they have come near
                     break

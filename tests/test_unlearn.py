@@ -833,11 +833,11 @@ def test_documents_end_at_what_an_unseen_one_would_lose_and_are_pulled_back_abov
 def test_documents_are_held_in_every_step_of_retain_rows_alone_to_a_level_found_after_the_first(
     memorised: Path, forget, retain, documents, monkeypatch: pytest.MonkeyPatch
 ):
-    """All to one goal: 2.4 nats in the third round, 2.6 after the first step of retain rows alone, and not again.
+    """All to one goal: 2.4 nats in the third round, 2.5 and 2.6 in the first two steps that hold them, and not again.
 
     Rows are raised until they lead by far, and by a part of it at once, so that they ask again and again in a round.
     """
-    levels, roughly = [2.4, 2.6], []
+    levels, roughly = [2.4, 2.5, 2.6], []
 
     def unseen_loss(_upper, _texts, every: int = 1) -> float:
         roughly.append(every > 1)
@@ -860,11 +860,11 @@ def test_documents_are_held_in_every_step_of_retain_rows_alone_to_a_level_found_
     monkeypatch.setattr(submission, "step", record)
     monkeypatch.setattr(submission, "SAVING", math.inf)
     rounds = aim_of(memorised, forget, retain, AIMED)
-    assert roughly == [True, False]
+    assert roughly == [True, False, False]
     first = next(place for place, (held, _, _) in enumerate(steps) if held)
     assert steps[first][1] > len(documents)  # retain rows are raised in it
-    assert max(abs(loss - 2.4) for loss in steps[first - 1][2]) > 0.03
-    assert steps[first][2] == pytest.approx([2.4] * len(documents), abs=0.015)
+    assert max(abs(loss - 2.5) for loss in steps[first - 1][2]) > 0.03
+    assert steps[first][2] == pytest.approx([2.5] * len(documents), abs=0.015)
     assert len(steps) > len(rounds) + 2  # in that round several more than the one after the level is found
     for held, _, losses in steps[first + 1 :]:
         assert held == len(documents)
@@ -924,7 +924,7 @@ def looks(memorised: Path, retain, monkeypatch: pytest.MonkeyPatch) -> list[tupl
 def test_a_level_is_found_between_rounds_and_the_last_ones_are_the_retain_rows_alone(
     memorised: Path, forget, retain, looks, monkeypatch: pytest.MonkeyPatch
 ):
-    """A level in the third round and the first of retain rows alone.
+    """A level in the third round, and two in the first of retain rows alone.
 
     While many retain tokens are wrong, both sides have more rounds, at most as many again; as many more, at most, if
     some still are when retain rows are alone.
@@ -935,7 +935,7 @@ def test_a_level_is_found_between_rounds_and_the_last_ones_are_the_retain_rows_a
         monkeypatch.setattr(submission, "FEW", few)
         aim_of(memorised, forget, retain, dataclasses.replace(AIMED, rounds=rounds))
         seen = [what for what, _ in looks]
-        expected = ["forget", *both, "level", *both, *both, *later, "retain", "level"]
+        expected = ["forget", *both, "level", *both, *both, *later, "retain", "level", "level"]
         assert seen[: len(expected)] == expected
         assert set(seen[len(expected) :]) == {"retain"} and len(seen) - len(expected) <= 2 * rounds
 
