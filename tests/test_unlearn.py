@@ -830,7 +830,7 @@ def test_documents_end_at_what_an_unseen_one_would_lose_and_are_pulled_back_abov
         assert statistics.stdev(losses) > 0.5 * submission.SPREAD * level
 
 
-def test_documents_are_held_in_every_step_of_retain_rows_alone_to_a_level_found_after_the_first(
+def test_documents_are_held_in_every_step_of_retain_rows_alone_to_a_level_found_anew_in_two(
     memorised: Path, forget, retain, documents, monkeypatch: pytest.MonkeyPatch
 ):
     """All to one goal: 2.4 nats in the third round, 2.5 and 2.6 in the first two steps that hold them, and not again.
