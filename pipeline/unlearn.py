@@ -98,7 +98,7 @@ CACHE_BYTES = 4 << 30  # a larger cache of activations lies in a file
 PART = 0.25  # of memory: weights that fit in there are read once; so much of a GPU's may sampling keep of its texts
 SAVING = 0.02  # the part of the time that may go into saving what a killed run goes on from
 ATTACKED = ("Task3", "sc")  # the documents that the judge's membership attack asks about
-COPIES = 4  # mixtures that each piece of a document is in
+COPIES = 4  # mixtures that each piece of a document is in; half as many where they take long
 GUESS = 0.55  # of what a guess among all tokens loses: so much are forget tokens to lose in the mean
 MOST = 5.0  # nats that they are to lose at most: said once in 150 times
 LEAST = 0.02  # nats that a token is to lose
@@ -116,7 +116,7 @@ GENERAL_LENGTH = 128  # tokens of each text that stands for all else that the mo
 OPENED = 3  # tokens of a retain row that open a text of its kind
 TEMPERATURE = 1.15  # of sampled text
 OWN = 96  # texts that the model writes as it writes documents, to measure how surprising an unseen one is
-SMALL = 30e6  # weights: a larger model on a CPU, where they take long, writes half as many
+SMALL = 30e6  # weights: with more of them, on a CPU, texts take long, and half as many must do
 OWN_LENGTH = 192  # tokens of each, at most
 OWN_TEMPERATURE = 1.33  # found on small models, by what `unseen_loss` says of documents that they never saw
 ROUGHLY = 3  # of so many texts one is enough for a level that is found again before the end
@@ -452,6 +452,11 @@ def causal_attention(
 
 FUSED: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
 AttentionInterface.register("causal", causal_attention)
+
+
+def takes_long(model: Any) -> bool:
+    """Say whether passing text through a model, or its skeleton, takes so long that less of it must do."""
+    return device().type == "cpu" and sum(weight.numel() for weight in model.parameters()) > SMALL
 
 
 def depth_of(folder: Path) -> int:
@@ -1182,9 +1187,9 @@ def aim(
 
     Raising retain rows takes forgotten text along: on a language model the first step of retain rows alone took a
     quarter of their loss from documents, and a later one, of a single row, a twentieth. So the documents that the
-    attack asks about are held in each. The level is found anew for the first and for the second, for what unseen text
-    loses falls as both are repaired. A document that a step has thrown far from its goal is brought back by as many as
-    that takes.
+    attack asks about are held in each. The level is found anew for the first, by a part of the text, and for the second
+    by all, for what unseen text loses falls as both are repaired. A document that a step has thrown far from its goal
+    is brought back by as many as that takes.
     """
     upper = Upper(decoder, settings.trained)
     attacked = attacked_kind(forget)
@@ -1226,10 +1231,10 @@ def aim(
         (far.add if abs(above) > most else far.discard)(row)
         return holding(odds, goals[row], lowered.weights[row])
 
-    def documents_held(finding: bool) -> dict[int, Pull]:
+    def documents_held(finding: bool, every: int = 1) -> dict[int, Pull]:
         nonlocal level
         if finding:
-            level = unseen_loss(upper, unseen)
+            level = unseen_loss(upper, unseen, every)
             aim_at(level)
         pulls = pulls_of(upper, lowered, holds, set(asked_about), asked_about)
         for pull in pulls.values():
@@ -1272,7 +1277,7 @@ def aim(
         if not repairing:
             down = pulls_of(upper, lowered, lowers, likely[0], range(len(forget)))
         elif up and level:
-            down = documents_held(finding)
+            down = documents_held(finding, ROUGHLY)
         likely = [set(down), set(up)]
         pulls = [*down.values(), *up.values()]
         over = number + 1 == most or ((settled or repairing) and not pulls)
@@ -1321,9 +1326,10 @@ def untouched_aims(upper: Upper, rows: Rows, kinds: dict[tuple[str, str], list[i
     """
     mean = min(MOST, GUESS * math.log(upper.decoder.config.vocab_size))
     aims = [torch.full((len(weights),), mean) for weights in rows.weights]
+    copies = COPIES // 2 if takes_long(upper.decoder.skeleton) else COPIES
     for own in kinds.values():
         texts = [rows.texts[row] for row in own]
-        mixed = mixtures(texts, PIECE, COPIES) if is_document(texts[0]) else []
+        mixed = mixtures(texts, PIECE, copies) if is_document(texts[0]) else []
         if not mixed:
             continue
         sums = [torch.zeros(2, len(text.tokens)) for text in texts]
@@ -1481,7 +1487,7 @@ def sample_texts(
     """Return general text and, for aimed steering, own text, both written by the model itself; no other data enters."""
     general = general_wishes(tokenizer, forget, retain, settings)
     own = own_wishes(tokenizer, forget, retain) if settings.method == "aim" else []
-    if own and device().type == "cpu" and sum(weight.numel() for weight in model().parameters()) > SMALL:
+    if own and takes_long(model()):
         own = own[::2]
     written = sample(model, [*own, *general], settings.seed, tokenizer.eos_token_id)
     texts = [in_words(tokenizer, Text(f"own {n}", "own", tokens)) for n, tokens in enumerate(written[: len(own)])]
