@@ -116,6 +116,7 @@ GENERAL_LENGTH = 128  # tokens of each text that stands for all else that the mo
 OPENED = 3  # tokens of a retain row that open a text of its kind
 TEMPERATURE = 1.15  # of sampled text
 OWN = 96  # texts that the model writes as it writes documents, to measure how surprising an unseen one is
+OWN_MOST = 384  # of these if there are as many forget rows: then they take a small part of the time, and tell more
 SMALL = 30e6  # weights: with more of them, on a CPU, texts take long, and half as many must do
 OWN_LENGTH = 192  # tokens of each, at most
 OWN_TEMPERATURE = 1.33  # found on small models, by what `unseen_loss` says of documents that they never saw
@@ -1525,7 +1526,9 @@ def general_wishes(tokenizer: Any, forget: list[Text], retain: list[Text], setti
 
 
 def own_wishes(tokenizer: Any, forget: list[Text], retain: list[Text]) -> list[Wish]:
-    """Ask for `OWN` texts as the model writes documents, opened as those that the attack asks about.
+    """Ask for texts as the model writes documents, opened as those that the attack asks about: one a forget row.
+
+    Or `OWN` if these are fewer, and at most `OWN_MOST`.
 
     But by nobody's name: an opening's tokens are of several documents. What follows a name that is to be forgotten
     suffers with it, and text about nobody known does not. They are of about the same length, recite nothing but phrases
@@ -1538,9 +1541,10 @@ def own_wishes(tokenizer: Any, forget: list[Text], retain: list[Text]) -> list[W
     if length < 2 or len(documents) < 2:
         return []
     before = len(_encode(tokenizer, ""))
-    named = documents[:: max(1, len(documents) // OWN)]  # of both sides
+    wanted = max(OWN, min(OWN_MOST, len(forget)))
+    named = documents[:: max(1, len(documents) // wanted)]  # of both sides
     openings = []
-    for number in range(OWN):
+    for number in range(wanted):
         lap, first = divmod(number, len(named))
         stride = 1 + lap % (len(named) - 1)  # never a multiple of their number: neighbours differ
         parts = [named[(first + stride * n) % len(named)].tokens for n in range(OPENED)]

@@ -1161,7 +1161,10 @@ def test_own_text_opens_as_documents_of_both_sides_do_but_by_nobodys_name(
     assert len(set(openings)) > len(both)  # another way in each lap
     with monkeypatch.context() as patch:
         patch.setattr(submission, "OWN", 2)
+        patch.setattr(submission, "OWN_MOST", 2)
         few = submission.own_wishes(tokenizer, forget, retain)
+        patch.setattr(submission, "OWN_MOST", 10**6)
+        assert len(submission.own_wishes(tokenizer, forget, retain)) == len(forget) > 2  # one for each forget row
     assert [wish.opening[0] for wish in few] == [both[0].tokens[0], both[len(both) // 2].tokens[0]]  # of both sides
     assert sample_own(unread, tokenizer, asked, retain) == []
     assert sample_own(unread, tokenizer, both[:1], asked) == []  # nobody to open it with
