@@ -959,7 +959,8 @@ class Upper:
         """
         logits = normed @ self.head.T
         mine = logits.gather(1, right[:, None]).float()
-        logits.scatter_(1, right[:, None], -math.inf)  # the others' sum, not 1 - p, which is lost where p is near 1
+        # The others' sum, not 1 - p, which is lost where p is near 1. (`scatter_` would copy all logits, twice.)
+        logits[torch.arange(len(right), device=right.device), right] = -math.inf
         top = logits.amax(dim=1, keepdim=True).float()
         if led and not slopes:
             return (mine - top)[:, 0], normed[:0]
