@@ -1527,14 +1527,13 @@ def general_wishes(tokenizer: Any, forget: list[Text], retain: list[Text], setti
 
 
 def own_wishes(tokenizer: Any, forget: list[Text], retain: list[Text]) -> list[Wish]:
-    """Ask for texts as the model writes documents, opened as those that the attack asks about: one a forget row.
-
-    Or `OWN` if these are fewer, and at most `OWN_MOST`.
+    """Ask for texts as the model writes documents, opened as those that the attack asks about.
 
     But by nobody's name: an opening's tokens are of several documents. What follows a name that is to be forgotten
     suffers with it, and text about nobody known does not. They are of about the same length, recite nothing but phrases
     that several documents have, as an unseen one may have them too, and are drawn at a temperature at which they are as
     surprising to the model as what others wrote. They are not held, so what becomes of them becomes of unseen text.
+    There is one for each forget row, but at least `OWN` and at most `OWN_MOST`.
     """
     kind = attacked_kind(forget)
     documents = [text for text in forget + retain if kind_of(text) == kind]

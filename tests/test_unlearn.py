@@ -1119,6 +1119,16 @@ def test_one_round_is_left_by_a_deadline_and_few_reach_a_caller_that_takes_long(
     assert all(torch.equal(taken[-1][1][n], matrix) for n, matrix in every[-1][1].items())
 
 
+@pytest.mark.parametrize(("kind", "small", "long"), [("cpu", 0, True), ("cpu", math.inf, False), ("cuda", 0, False)])
+def test_text_takes_long_by_a_large_model_on_a_cpu_alone(
+    checkpoint: Path, kind: str, small: float, long: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(submission, "SMALL", small)
+    monkeypatch.setattr(submission, "device", lambda: torch.device(kind))
+    assert submission.takes_long(load_model(checkpoint)) == long
+    assert submission.takes_long(submission.read_skeleton(checkpoint)) == long
+
+
 def test_own_text_opens_as_documents_of_both_sides_do_but_by_nobodys_name(
     checkpoint: Path, forget, retain, monkeypatch: pytest.MonkeyPatch
 ):
